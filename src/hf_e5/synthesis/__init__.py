@@ -1,0 +1,1 @@
+"""Synthesis: an LLM writes (instruction, query, positive, hard negative) records (paper, section 3.1)."""
