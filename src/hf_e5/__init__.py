@@ -19,7 +19,15 @@ _EXPORTS = {
     "verify_export": "hf_e5.export.verify",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = [
+    "E5DataCollator",
+    "E5Model",
+    "E5Trainer",
+    "E5TrainingArguments",
+    "export_sentence_transformer",
+    "info_nce",
+    "verify_export",
+]
 
 if TYPE_CHECKING:
     from .data.collator import E5DataCollator
