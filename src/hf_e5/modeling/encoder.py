@@ -1,0 +1,265 @@
+"""E5Model: a decoder LLM that turns a text into one unit vector (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..instructions import format_query
+from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
+from .pooling import POOLINGS, pool
+from .tokenizer import load_tokenizer, tokenize
+
+
+# What a checkpoint's own files do not say: pooling, normalisation, and the GGUF file the base came from.
+CONFIG_NAME = "e5_config.json"
+
+# Token budget of one forward in `encode` when no batch size is given.
+ENCODE_TOKENS = 8192
+
+
+class E5Model(nn.Module):
+    """A transformer, its tokenizer, pooling and normalisation.
+
+    Args:
+        backbone: Decoder or encoder without a head, or a `PeftModel` around one.
+        tokenizer: Ends every text in EOS (`hf_e5.modeling.tokenizer.ensure_eos`).
+        pooling: One of `last` (the paper), `mean`, `weighted_mean`, `first`.
+        normalize: Scale vectors to unit length, in fp32.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        gguf_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise InputError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.normalize = normalize
+        self.gguf_file = gguf_file
+        self.config.use_cache = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        peft_config: PeftConfig | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> E5Model:
+        """Load a model: an adapter folder, a full checkpoint, a Hub id or a GGUF file.
+
+        Args:
+            name_or_path: Folder, Hub id, or path of a `.gguf` file.
+            peft_config: Put a fresh adapter on the loaded model, e.g. `LoraConfig(...)`.
+            pooling: Defaults to what the checkpoint was saved with, else `last`.
+            normalize: Likewise, else True.
+            dtype: Of the backbone's weights; defaults to the checkpoint's. An adapter's weights stay fp32.
+            attn_implementation: As in transformers, e.g. `sdpa`, `flash_attention_2`.
+            is_trainable: Go on training a loaded adapter (a fresh one always trains).
+            kwargs: `gguf_file`, `revision`, `token`, `quantization_config`, ...: passed to transformers.
+
+        Raises:
+            InputError: No such model; or its tokenizer has no EOS; or an adapter does not fit its base.
+        """
+        name, gguf_file = split_gguf(name_or_path, kwargs.pop("gguf_file", None))
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        saved = read_json(name, CONFIG_NAME, **hub) or {}
+        base = adapter_base(name, **hub)
+        if base is None:
+            options, tokenizer_source = kwargs, name
+        else:
+            # A revision given for the adapter says nothing about its base.
+            options = {key: value for key, value in kwargs.items() if key != "revision"}
+            has_tokenizer = read_json(name, "tokenizer_config.json", **hub) is not None
+            tokenizer_source = name if has_tokenizer else base
+            name, gguf_file = split_gguf(base, gguf_file or saved.get("gguf_file"))
+        gguf = {"gguf_file": gguf_file} if gguf_file else {}
+        bare = load_backbone(name, dtype=dtype, attn_implementation=attn_implementation, **options, **gguf)
+        backbone: PreTrainedModel | PeftModel = bare
+        if base is not None:
+            if peft_config is not None:
+                raise InputError(f"{name_or_path} is an adapter already: leave out peft_config, or merge it first")
+            backbone = load_adapter(bare, str(name_or_path), is_trainable=is_trainable, **hub)
+        elif peft_config is not None:
+            if kwargs.get("quantization_config") is not None:
+                bare = prepare_model_for_kbit_training(bare, use_gradient_checkpointing=False)
+            backbone = get_peft_model(bare, copy.deepcopy(peft_config))  # peft writes module names into it
+        tokenizer = load_tokenizer(tokenizer_source, **hub, **(gguf if tokenizer_source == name else {}))
+        return cls(
+            backbone,
+            tokenizer,
+            pooling=pooling or saved.get("pooling", "last"),
+            normalize=saved.get("normalize", True) if normalize is None else normalize,
+            gguf_file=gguf_file,
+        )
+
+    @property
+    def config(self) -> Any:
+        """The backbone's config (also what DeepSpeed reads `hidden_size` from)."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether an adapter is trained on a frozen base."""
+        return isinstance(self.backbone, PeftModel)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed a padded batch.
+
+        Args:
+            input_ids: Token ids, [batch, tokens], int64, padded on either side.
+            attention_mask: 1 for tokens and 0 for padding, [batch, tokens].
+
+        Returns:
+            [batch, dim], fp32, unit norm unless `normalize` is off.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self._finish(pool(hidden, attention_mask, self.pooling))
+
+    def _finish(self, pooled: Tensor) -> Tensor:
+        # fp32 also under autocast: at temperature 0.02 a bf16 rounding error is amplified fifty-fold.
+        pooled = pooled.float()
+        return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        max_length: int = 512,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Embed texts for use.
+
+        Args:
+            texts: One text or several.
+            instruction: For queries: the task in one sentence. Documents take none (paper, section 3.2).
+            max_length: Tokens after which a text is cut, EOS included.
+            batch_size: Texts of one forward; by default as many as fit 8,192 tokens.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n, dim] fp32 on the CPU, in the order of `texts`; [dim] for a single text.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], instruction=instruction, max_length=max_length)[0]
+        ids = tokenize(self.tokenizer, [format_query(text, instruction) for text in texts], max_length)
+        if not ids:
+            return torch.empty(0, self.config.get_text_config().hidden_size)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        vectors: Tensor | None = None
+        with self.evaluating(), tqdm(total=len(ids), desc="encode", disable=not show_progress) as bar:
+            for batch in _batches(order, ids, batch_size):
+                out = self(**self.pad([ids[i] for i in batch])).cpu()
+                if vectors is None:
+                    vectors = torch.empty(len(ids), out.shape[1])
+                vectors[torch.tensor(batch)] = out
+                bar.update(len(batch))
+        assert vectors is not None
+        return vectors
+
+    def pad(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        """Pad token ids into `input_ids` and `attention_mask`, [batch, tokens], on the model's device."""
+        length = max(map(len, ids))
+        input_ids = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(len(ids), length, dtype=torch.long)
+        for row, sequence in enumerate(ids):
+            where = (
+                slice(length - len(sequence), length)
+                if self.tokenizer.padding_side == "left"
+                else slice(0, len(sequence))
+            )
+            input_ids[row, where] = torch.tensor(sequence)
+            attention_mask[row, where] = 1
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode (no dropout) inside the block, whatever it was before restored after."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute activations in the backward pass.
+
+        Always non-reentrant, the form that works with frozen inputs, DDP and ZeRO; the inputs are made to require
+        gradients all the same, so that a LoRA layer below the first checkpoint never goes untrained.
+        """
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.backbone.enable_input_require_grads()
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.backbone.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.backbone.is_activation_checkpointing
+
+    def save_pretrained(self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the adapter (or the full weights), the tokenizer and `e5_config.json` into folder `path`.
+
+        Args:
+            path: Made if missing.
+            state_dict: Weights gathered elsewhere (ZeRO-3, FSDP), with this module's names.
+        """
+        options: dict[str, Any] = {}
+        if state_dict is not None:
+            options["state_dict"] = {name.removeprefix("backbone."): value for name, value in state_dict.items()}
+        if self.is_peft:
+            options["save_embedding_layers"] = False  # the vocabulary is never resized; "auto" would ask the Hub
+        self.backbone.save_pretrained(str(path), **options)
+        self.tokenizer.save_pretrained(path)
+        config = {"pooling": self.pooling, "normalize": self.normalize}
+        if self.gguf_file and self.is_peft:
+            config["gguf_file"] = self.gguf_file
+        (Path(path) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _batches(order: list[int], ids: list[list[int]], batch_size: int | None) -> Iterator[list[int]]:
+    """Cut texts, longest first, into batches of `batch_size` or of at most `ENCODE_TOKENS` padded tokens."""
+    start = 0
+    while start < len(order):
+        size = batch_size or max(1, ENCODE_TOKENS // len(ids[order[start]]))
+        yield order[start : start + size]
+        start += size
