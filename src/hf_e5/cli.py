@@ -10,17 +10,18 @@ import argparse
 import sys
 from importlib import import_module
 
-from .errors import InputError
+from .errors import exit_on_input_error
 
 
 # name: (module, one-line help), in the order in which data flows
 COMMANDS = {
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
+    "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 2 wrong input, 130 stopped by the user."""
+    """Run one command. Exit codes: 0 done, 2 wrong input, 130 stopped by the user."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="hf-e5", description="Text embeddings from LLMs and LLM-written data.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,12 +33,10 @@ def main(argv: list[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        return args.run(args) or 0
-    except InputError as error:
-        print(f"hf-e5 {args.command}: {error}", file=sys.stderr)
-        return 2
+        with exit_on_input_error(f"hf-e5 {args.command}"):
+            return args.run(args) or 0
     except KeyboardInterrupt:
-        print(f"hf-e5 {args.command}: stopped", file=sys.stderr)
+        print(f"hf-e5 {args.command}: stopped; run it again to go on", file=sys.stderr)
         return 130
 
 

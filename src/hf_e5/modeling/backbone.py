@@ -53,6 +53,8 @@ def load_backbone(
         raise InputError(f"{name_or_path!r} is an encoder-decoder; give a decoder-only or an encoder-only model")
     if kwargs.get("gguf_file"):
         _forget_gguf(model)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # an encoder's classification pooler is never reached, which DDP takes for an error
     return model
 
 
@@ -99,6 +101,11 @@ def adapter_base(name_or_path: str, **hub: Any) -> str | None:
             f"{name_or_path}/{ADAPTER_CONFIG} names no base_model_name_or_path: add the model it was trained on"
         )
     return config["base_model_name_or_path"]
+
+
+def base_model_name(model: PeftModel) -> str:
+    """Folder or Hub id of the model under the adapter of `model`."""
+    return str(model.peft_config["default"].base_model_name_or_path)
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

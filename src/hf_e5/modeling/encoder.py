@@ -219,7 +219,9 @@ class E5Model(nn.Module):
         finally:
             self.train(training)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **options: Any
+    ) -> None:
         """Recompute activations in the backward pass.
 
         Always non-reentrant, the form that works with frozen inputs, DDP and ZeRO; the inputs are made to require
@@ -227,7 +229,7 @@ class E5Model(nn.Module):
         """
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.backbone.enable_input_require_grads()
-        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
 
     def activation_checkpointing_disable(self) -> None:
         self.backbone.activation_checkpointing_disable()

@@ -1,0 +1,16 @@
+"""`hf-e5 verify FOLDER [--checkpoint CHECKPOINT]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .verify import verify_export
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="what hf-e5 export wrote")
+    parser.add_argument("--checkpoint", help="the trained checkpoint; its own weights if unset")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(verify_export(args.folder, args.checkpoint))

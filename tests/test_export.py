@@ -1,0 +1,167 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from hf_e5 import E5Model, export_sentence_transformer, verify_export
+from hf_e5.cli import main
+from hf_e5.errors import InputError
+from hf_e5.instructions import format_query
+
+
+INSTRUCTION = "Given a question, retrieve passages"
+TEXTS = ["a short text", "a longer text about mountains, lakes and rivers " * 40, "", "naïve café 東京"]
+
+
+def trained(tiny_checkpoint, path, pooling=None, **kwargs):
+    """A checkpoint whose adapter does something, as training leaves it."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=config, pooling=pooling, **kwargs)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    return model
+
+
+def assert_same_vectors(model, folder, atol=1e-5, **load):
+    exported = SentenceTransformer(str(folder), device="cpu", **load)
+    queries = exported.encode_query(TEXTS, convert_to_tensor=True).float()
+    documents = exported.encode_document(TEXTS, convert_to_tensor=True).float()
+    cut = {"max_length": 64}
+    torch.testing.assert_close(queries, model.encode(TEXTS, instruction=INSTRUCTION, **cut), atol=atol, rtol=0)
+    torch.testing.assert_close(documents, model.encode(TEXTS, **cut), atol=atol, rtol=0)
+    prompted = exported.encode([format_query(t, "Another task") for t in TEXTS], convert_to_tensor=True).float()
+    torch.testing.assert_close(prompted, model.encode(TEXTS, instruction="Another task", **cut), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "weighted_mean", "first"])
+def test_export_gives_the_trained_vectors_also_after_a_second_save(tiny_checkpoint, tmp_path, merge, pooling):
+    model = trained(tiny_checkpoint, tmp_path / "checkpoint", pooling)
+    out = tmp_path / "out"
+    report = export_sentence_transformer(
+        tmp_path / "checkpoint", out, merge=merge, instruction=INSTRUCTION, max_seq_length=64
+    )
+    assert report.max_difference < 1e-5
+    assert (out / "adapter_model.safetensors").exists() != merge
+    assert_same_vectors(model, out)
+    SentenceTransformer(str(out), device="cpu").save_pretrained(str(tmp_path / "again"), create_model_card=False)
+    assert_same_vectors(model, tmp_path / "again")
+    assert verify_export(out).max_difference < 1e-5
+    assert verify_export(out, tmp_path / "checkpoint").max_difference < 1e-5
+
+
+def test_full_checkpoint_without_normalisation(tiny_checkpoint, tmp_path):
+    model = E5Model.from_pretrained(tiny_checkpoint, normalize=False)
+    model.save_pretrained(tmp_path / "checkpoint")
+    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", instruction=INSTRUCTION, max_seq_length=64)
+    assert_same_vectors(model, tmp_path / "out", atol=1e-4)
+
+
+def test_e5model_loads_an_exported_folder(tiny_checkpoint, tmp_path):
+    model = trained(tiny_checkpoint, tmp_path / "checkpoint", "mean")
+    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
+    reloaded = E5Model.from_pretrained(tmp_path / "out")
+    assert reloaded.pooling == "mean"
+    torch.testing.assert_close(reloaded.encode(TEXTS), model.encode(TEXTS), atol=1e-5, rtol=0)
+
+
+def test_chat_template_does_not_reach_the_vectors(tiny_checkpoint, tmp_path):
+    """sentence-transformers renders texts as chat turns where the tokenizer has a template."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}USER {{ m['content'] }}{% endfor %}"
+    AutoModel.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = trained(tmp_path / "base", tmp_path / "checkpoint")
+    for merge in (False, True):
+        out = tmp_path / f"out-{merge}"
+        export_sentence_transformer(
+            tmp_path / "checkpoint", out, merge=merge, instruction=INSTRUCTION, max_seq_length=64
+        )
+        assert_same_vectors(model, out)
+
+
+def test_bf16_merge_is_close_and_stored_in_bf16(tiny_checkpoint, tmp_path):
+    model = trained(tiny_checkpoint, tmp_path / "checkpoint")
+    report = export_sentence_transformer(
+        tmp_path / "checkpoint", tmp_path / "out", merge=True, dtype=torch.bfloat16,
+        instruction=INSTRUCTION, max_seq_length=64,
+    )  # fmt: skip
+    assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert report.min_cosine > 0.999
+    assert_same_vectors(model, tmp_path / "out", atol=3e-2)
+
+
+def test_layout_is_the_one_older_readers_know(tiny_checkpoint, tmp_path):
+    trained(tiny_checkpoint, tmp_path / "checkpoint")
+    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [module["type"] for module in modules] == [
+        f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")
+    ]
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_lasttoken"] is True and pooling["pooling_mode_mean_tokens"] is False
+    prompts = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts["document"] == "" and prompts["query"].endswith("\nQuery: ")
+    assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_untrained_adapter_is_refused(tiny_checkpoint, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    E5Model.from_pretrained(tiny_checkpoint, peft_config=config).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="changes nothing"):
+        export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_verify_notices_other_weights_and_a_lost_eos(tiny_checkpoint, tmp_path):
+    trained(tiny_checkpoint, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    export_sentence_transformer(tmp_path / "checkpoint", out, merge=True, max_seq_length=64)
+    weights = load_file(out / "model.safetensors")
+    changed = {n: v + 0.05 * torch.randn_like(v) for n, v in weights.items()}
+    save_file(changed, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="does not give the trained model's vectors"):
+        verify_export(out, tmp_path / "checkpoint")
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    verify_export(out, tmp_path / "checkpoint")
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="ends texts in no special token|does not end"):
+        verify_export(out, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("case", ["not a checkpoint", "no such folder", "out exists", "nothing to merge"])
+def test_bad_input_is_one_line_exit_2_and_leaves_nothing(tiny_checkpoint, tmp_path, capsys, case):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "exists" / "file").write_text("kept")
+    argv = {
+        "not a checkpoint": ["export", str(tmp_path / "empty"), str(tmp_path / "out")],
+        "no such folder": ["export", str(tmp_path / "missing"), str(tmp_path / "out")],
+        "out exists": ["export", str(tiny_checkpoint), str(tmp_path / "exists")],
+        "nothing to merge": ["export", str(tiny_checkpoint), str(tmp_path / "out"), "--merge"],
+    }[case]
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in message if line.startswith("hf-e5 export: ")]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "exists"]
+    assert (tmp_path / "exists" / "file").read_text() == "kept"
+
+
+def test_command(tiny_checkpoint, tmp_path, capsys):
+    trained(tiny_checkpoint, tmp_path / "checkpoint")
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--merge"]) == 0
+    assert f'SentenceTransformer("{tmp_path / "out"}")' in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "checkpoint")]) == 0
+    assert "max difference" in capsys.readouterr().out
