@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 
@@ -186,10 +185,11 @@ def _load(source: Source, split: str, cache_dir: str | Path | None) -> Dataset:
     if suffixes and (path.startswith("hf://") or Path(path).suffix):
         if source.config is not None:
             raise InputError(f"dataset {source.name!r}: {path} is a file and has no config {source.config!r}")
-        if not path.startswith("hf://") and not Path(path).is_file():
-            raise InputError(f"dataset {source.name!r}: no such file: {path}")
-        if not path.startswith("hf://") and not Path(path).stat().st_size:
-            raise InputError(f"dataset {source.name!r}: {path} is empty")
+        if not path.startswith("hf://") and "*" not in path:
+            if not Path(path).is_file():
+                raise InputError(f"dataset {source.name!r}: no such file: {path}")
+            if not Path(path).stat().st_size:
+                raise InputError(f"dataset {source.name!r}: {path} is empty")
         kwargs |= {"path": _FORMATS[suffixes[-1]], "data_files": {split: path}}
         if suffixes[-1] == ".tsv":
             kwargs["sep"] = "\t"
@@ -199,7 +199,7 @@ def _load(source: Source, split: str, cache_dir: str | Path | None) -> Dataset:
         raise InputError(f"dataset {source.name!r}: {path} is neither a data file, a folder nor a Hub id")
     try:
         return load_dataset(**kwargs)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # loaders, file systems and HTTP clients share no base class; the cause stays chained
         lines = str(error.__cause__ or error).strip().splitlines()
         reason = _first_bad_line(path) or (lines or [type(error).__name__])[0]
         raise InputError(f"dataset {source.name!r}: cannot load {path}, split {split!r}: {reason}") from error

@@ -22,7 +22,8 @@ class Source:
     """One dataset of a mixture.
 
     Args:
-        path: local file (jsonl, json, parquet, csv), folder, Hub id, or `hf://datasets/user/name/file.parquet`.
+        path: local file (jsonl, json, parquet, csv), folder, Hub id, or `hf://datasets/user/name/file.parquet`. `*` in
+            a file's name takes several files.
         name: what the `dataset` column and every message say.
         config: name of the dataset's configuration.
         split: defaults to the split asked of `load_mixture`.
