@@ -20,8 +20,8 @@ from hf_e5.training.trainer import last_checkpoint
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: E5TrainingArguments) -> None:
     set_seed(training_args.seed)
     model = model_args.load()
-    train_dataset = data_args.load_train(seed=training_args.seed)
-    eval_dataset = data_args.load_eval(seed=training_args.seed) if training_args.eval_strategy != "no" else None
+    train_dataset = data_args.load_train()
+    eval_dataset = data_args.load_eval() if training_args.eval_strategy != "no" else None
 
     trainer = E5Trainer(model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(

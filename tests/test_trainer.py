@@ -68,7 +68,9 @@ def test_training_lowers_the_loss_and_saves_an_adapter(tiny_checkpoint, rows, tm
     trainer.save_model()
     assert not (tmp_path / "model.safetensors").exists()
     reloaded = E5Model.from_pretrained(tmp_path, dtype=dtype)
-    torch.testing.assert_close(reloaded.encode(["a text"]), model.encode(["a text"]), atol=1e-6, rtol=0)
+    # In bf16 the trained model runs under the accelerator's autocast, the reloaded one does not.
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(reloaded.encode(["a text"]), model.encode(["a text"]), atol=tolerance, rtol=0)
 
 
 def test_evaluation_against_a_plain_ranking(tiny_checkpoint, rows, tmp_path):
@@ -137,7 +139,7 @@ def test_an_adapter_without_gradients_fails_loudly(tiny_checkpoint, rows, tmp_pa
 
 
 def test_too_few_rows(tiny_checkpoint, rows, tmp_path):
-    with pytest.raises(InputError, match="5 rows, fewer than one batch of 16"):
+    with pytest.raises(InputError, match="5 rows, a global batch needs 16"):
         E5Trainer(E5Model.from_pretrained(tiny_checkpoint), arguments(tmp_path), train_dataset=rows.select(range(5)))
 
 

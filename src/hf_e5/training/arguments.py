@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from ..data.mixture import load_mixture
 from ..errors import InputError
 from ..modeling.encoder import E5Model
 
@@ -104,28 +106,23 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "configuration, e.g. a task type"})
     dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
     dataset_test_split: str = field(default="test", metadata={"help": "split for evaluation (with eval_strategy)"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many rows, drawn by seed"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many rows, drawn by seed"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many rows, drawn at random"})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on this many rows, drawn at random"}
+    )
 
-    def load_train(self, *, seed: int) -> Dataset:
-        """Load the training rows."""
-        return self._load(self.dataset_train_split, self.max_train_samples, seed)
+    def load_train(self) -> Dataset:
+        """Load the training rows (`hf_e5.data.mixture.load_mixture`)."""
+        return self._load(self.dataset_train_split, self.max_train_samples)
 
-    def load_eval(self, *, seed: int) -> Dataset:
+    def load_eval(self) -> Dataset:
         """Load the evaluation rows."""
-        return self._load(self.dataset_test_split, self.max_eval_samples, seed)
+        return self._load(self.dataset_test_split, self.max_eval_samples)
 
-    def _load(self, split: str, max_samples: int | None, seed: int) -> Dataset:
-        from datasets import load_dataset
-
-        if self.dataset_name.endswith((".jsonl", ".parquet")):
-            kind = "json" if self.dataset_name.endswith(".jsonl") else "parquet"
-            dataset = load_dataset(kind, data_files=self.dataset_name, split="train")
-        else:
-            dataset = load_dataset(self.dataset_name, self.dataset_config, split=split)
-        if max_samples is not None and max_samples < len(dataset):
-            dataset = dataset.shuffle(seed=seed).select(range(max_samples))
-        return dataset
+    def _load(self, split: str, max_rows: int | None) -> Dataset:
+        # With several processes the first one reads, the others take its cache.
+        with PartialState().main_process_first():
+            return load_mixture(self.dataset_name, config=self.dataset_config, split=split, max_rows=max_rows)
 
 
 @dataclass
@@ -147,6 +144,9 @@ class E5TrainingArguments(TrainingArguments):
     keep_graph_num_tokens: str = field(
         default="auto",
         metadata={"help": "tokens whose graphs are kept instead of recomputed in the backward pass, or auto"},
+    )
+    homogeneous_batches: bool = field(
+        default=True, metadata={"help": "rows of one dataset and task type per step, on all devices; else mixed"}
     )
     gather_across_devices: bool = field(default=True, metadata={"help": "documents of all devices are negatives"})
     mask_duplicates: bool = field(default=True, metadata={"help": "a document equal to the positive is no negative"})

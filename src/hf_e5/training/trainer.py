@@ -8,15 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import speed_metrics
 
 from ..data.collator import E5DataCollator
+from ..data.sampler import TaskBatchSampler, group_rows, hash_texts
 from ..data.tokenization import tokenize_dataset
 from ..errors import InputError
 from ..modeling.backbone import require_adapter_loaded
@@ -52,6 +56,7 @@ class E5Trainer(Trainer):
         self, model: E5Model, args: E5TrainingArguments, train_dataset: Any = None, eval_dataset: Any = None, **kwargs
     ) -> None:
         self._tokenizer, self._max_lengths = model.tokenizer, (args.query_max_length, args.passage_max_length)
+        self._batch_sampler = _batch_sampler(train_dataset, args)
         with args.main_process_first(desc="tokenising"):
             train_dataset = self._tokenize(train_dataset)
             if isinstance(eval_dataset, dict):
@@ -67,12 +72,6 @@ class E5Trainer(Trainer):
             processing_class=model.tokenizer,
             **kwargs,
         )
-        rows = args.train_batch_size * args.world_size
-        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < rows:
-            raise InputError(
-                f"the training set has {len(train_dataset)} rows, fewer than one batch of {rows}: "
-                "lower per_device_train_batch_size"
-            )
         self.add_callback(LoraGradientCheck())
         self._step: ContrastiveStep | None = None
         self._means = RunningMeans()
@@ -84,6 +83,22 @@ class E5Trainer(Trainer):
             return dataset
         query, passage = self._max_lengths
         return tokenize_dataset(dataset, self._tokenizer, query_max_length=query, passage_max_length=passage)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one task each, the same plan on every process (`hf_e5.data.sampler.TaskBatchSampler`)."""
+        if self._batch_sampler is None:
+            return super().get_train_dataloader()
+        # Not through accelerator.prepare: the sampler knows the processes already and must not be dealt out again.
+        return DataLoaderShard(
+            self.train_dataset,
+            batch_sampler=self._batch_sampler,
+            collate_fn=self.data_collator,
+            device=self.accelerator.device,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch; returns its loss, divided by the accumulation steps."""
@@ -158,6 +173,31 @@ class E5Trainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _batch_sampler(dataset: Any, args: E5TrainingArguments) -> TaskBatchSampler | None:
+    """The plan of a training set's batches; None where another order of rows is asked for."""
+    if dataset is None or args.train_sampling_strategy != "random":
+        return None
+    columns = [name for name in ("dataset", "task_type") if name in dataset.column_names]
+    groups, names = group_rows(dataset, columns) if columns else (np.zeros(len(dataset), dtype=np.int64), ["all"])
+    rows = args.train_batch_size * args.world_size
+    if args.homogeneous_batches and args.dataloader_drop_last:
+        for name, count in zip(names, np.bincount(groups, minlength=len(names)), strict=True):
+            if count < rows:
+                logger.warning(
+                    "%s has %d rows, fewer than a batch of %d: none of them is trained on", name, count, rows
+                )
+    return TaskBatchSampler(
+        groups,
+        args.train_batch_size,
+        texts=hash_texts(dataset) if "query" in dataset.column_names else None,
+        world_size=args.world_size,
+        rank=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        homogeneous=args.homogeneous_batches,
+        drop_last=args.dataloader_drop_last,
+    )
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
