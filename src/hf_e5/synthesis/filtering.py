@@ -1,0 +1,323 @@
+"""`hf-e5 filter DIR`: part the records of a run into those to keep and those to drop.
+
+    DIR/records.jsonl   what the model wrote; never changed
+    DIR/kept.jsonl      the records that passed, byte for byte
+    DIR/dropped.jsonl   the others, each with `dropped_by` (the filter) and `reason`
+    DIR/filters.json    how many records each filter dropped, and with which settings
+    DIR/margins.tsv     with an embedding model: similarity of query and positive, query and negative, by record
+
+The file is read twice: once by several processes that judge each record and take its duplicate keys, once to write.
+In between only what the duplicates need is kept (0.4 kB a record), so that memory does not depend on the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from .contamination import TestSets
+from .dedup import NUM_PERM, exact_key, near_duplicates, signature
+from .embedding_check import DEFAULT_MARGIN, Margins, check_margins
+from .filters import FILTERS, FilterSettings, judge
+
+
+RECORDS_FILE, KEPT_FILE, DROPPED_FILE = "records.jsonl", "kept.jsonl", "dropped.jsonl"
+SUMMARY_FILE, MARGINS_FILE = "filters.json", "margins.tsv"
+NEAR_DUPLICATE_THRESHOLD = 0.8
+FILTER_NAMES = (*FILTERS, "exact_duplicate", "near_duplicate", "weak_negative")
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass
+class FilterSummary:
+    """What a filter run did; `dropped` has every filter that ran, in their order, also those that dropped nothing."""
+
+    records: int
+    kept: int
+    dropped: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def filter_records(
+    directory: str | Path,
+    *,
+    settings: FilterSettings | None = None,
+    against: Sequence[str | Path] = (),
+    near_duplicate_threshold: float = NEAR_DUPLICATE_THRESHOLD,
+    embedding_model: Any = None,
+    margin: float = DEFAULT_MARGIN,
+    skip: Iterable[str] = (),
+    num_proc: int | None = None,
+) -> FilterSummary:
+    """Write kept, dropped and summary files next to `directory`/records.jsonl.
+
+    Args:
+        settings: limits and test sets of the filters that look at one record.
+        against: record files of earlier runs; what repeats one of their rows is a duplicate.
+        near_duplicate_threshold: least Jaccard similarity of character 5-grams of near duplicates, above 0 to 1.
+        embedding_model: a SentenceTransformer that scores query against positive and negative; None: no such check.
+        margin: how much nearer to the query the positive must be than the negative, in cosine similarity.
+        skip: names of filters (see `FILTER_NAMES`) not to run.
+        num_proc: processes for language identification and MinHash; None for one per CPU core.
+
+    Raises:
+        InputError: there are no records, a file is missing, or an argument is out of range.
+    """
+    directory = Path(directory)
+    settings = settings or FilterSettings()
+    skipped = frozenset(skip)
+    unknown = sorted(skipped - set(FILTER_NAMES))
+    if unknown:
+        raise InputError(f"skip: no filter {unknown[0]!r}; there are {', '.join(FILTER_NAMES)}")
+    if not 0 < near_duplicate_threshold <= 1:
+        raise InputError(f"near_duplicate_threshold: {near_duplicate_threshold} is not above 0 and at most 1")
+    source = directory / RECORDS_FILE
+    earlier = [Path(path) for path in against]
+    for path in (source, *earlier):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+
+    verdicts, duplicates = _judge_files(source, earlier, settings, skipped, num_proc)
+    if not verdicts:
+        raise InputError(f"{source}: no records")
+    if "exact_duplicate" not in skipped:
+        _drop(verdicts, "exact_duplicate", duplicates.exact())
+    if "near_duplicate" not in skipped:
+        _drop(verdicts, "near_duplicate", duplicates.near(verdicts, near_duplicate_threshold))
+    margins = None
+    if embedding_model is not None and "weak_negative" not in skipped:
+        survivors = (record for record, verdict in zip(read_rows(source), verdicts, strict=False) if not verdict)
+        margins = check_margins(survivors, embedding_model, margin)
+
+    ran = [name for name in FILTER_NAMES if name not in skipped]
+    if margins is None and "weak_negative" in ran:
+        ran.remove("weak_negative")
+    summary = FilterSummary(0, 0, dict.fromkeys(ran, 0))
+    summary.settings = {
+        "against": [str(path) for path in earlier],
+        "near_duplicate_threshold": near_duplicate_threshold,
+        "test_sets": settings.test_sets.names if settings.test_sets else [],
+        "embedding_margin": margin if margins else None,
+    }
+    _write(directory, verdicts, margins, summary)
+    return summary
+
+
+# A verdict is None (kept so far) or (filter, reason).
+Verdicts = list[tuple[str, str] | None]
+
+
+class _Duplicates:
+    """Duplicate keys of all rows that passed the filters before, those of earlier runs first."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self.signatures: list[np.ndarray] = []
+        self.places: list[str] = []
+        self.rows: list[int] = []  # row in records.jsonl; -1 for rows of earlier runs
+
+    def add(self, places: list[str], rows: list[int], keys: list[bytes], signatures: np.ndarray) -> None:
+        self.places += places
+        self.rows += rows
+        self.keys += keys
+        self.signatures.append(signatures)
+
+    def exact(self) -> Iterator[tuple[int, str]]:
+        """Yield (row, reason) of rows that repeat an earlier one."""
+        first: dict[bytes, int] = {}
+        for number, key in enumerate(self.keys):
+            original = first.setdefault(key, number)
+            if original != number and self.rows[number] >= 0:
+                yield self.rows[number], f"same query and positive as {self.places[original]}"
+
+    def near(self, verdicts: Verdicts, threshold: float) -> Iterator[tuple[int, str]]:
+        """Yield (row, reason) of rows that are near duplicates of an earlier one; dropped rows do not count."""
+        live = [number for number, row in enumerate(self.rows) if row < 0 or verdicts[row] is None]
+        signatures = np.concatenate([np.empty((0, NUM_PERM), np.uint32), *self.signatures])
+        self.signatures = [signatures]
+        for position, original in near_duplicates(signatures[live], threshold).items():
+            row = self.rows[live[position]]
+            if row >= 0:
+                yield row, f"query and positive nearly the same as {self.places[live[original]]}"
+
+
+def _drop(verdicts: Verdicts, name: str, found: Iterable[tuple[int, str]]) -> None:
+    for row, reason in found:
+        verdicts[row] = (name, reason)
+
+
+def _judge_files(
+    source: Path, earlier: list[Path], settings: FilterSettings, skipped: frozenset[str], num_proc: int | None
+) -> tuple[Verdicts, _Duplicates]:
+    """Judge every row of `source` and take the duplicate keys of it and of `earlier`."""
+    verdicts: Verdicts = []
+    duplicates = _Duplicates()
+    tasks = [task for path in (*earlier, source) for task in _chunks(path, filtered=path is source)]
+    processes = min(num_proc or os.cpu_count() or 1, len(tasks))
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=sum(stop - start for _, start, stop, _ in tasks), unit="B", unit_scale=True))
+        bar.set_description("filtering")
+        if processes > 1:
+            pool = stack.enter_context(Pool(processes, _initialize, (settings, skipped)))
+            results = pool.imap(_judge_chunk, tasks)
+        else:
+            _initialize(settings, skipped)
+            results = map(_judge_chunk, tasks)
+        for (path, start, stop, filtered), (chunk, ids, keys, signatures) in zip(tasks, results, strict=True):
+            kept = [number for number, verdict in enumerate(chunk) if verdict is None]
+            if filtered:
+                rows = [len(verdicts) + number for number in kept]
+                duplicates.add(ids, rows, keys, signatures)
+                verdicts += chunk
+            else:
+                duplicates.add([f"{path}: {id_}" for id_ in ids], [-1] * len(kept), keys, signatures)
+            bar.update(stop - start)
+    return verdicts, duplicates
+
+
+def _chunks(path: Path, filtered: bool) -> Iterator[tuple[Path, int, int, bool]]:
+    """Cut a file into byte ranges; a range stands for the lines that start in it."""
+    size = path.stat().st_size
+    for start in range(0, size, _CHUNK_BYTES):
+        yield path, start, min(start + _CHUNK_BYTES, size), filtered
+
+
+_worker: dict[str, Any] = {}
+
+
+def _initialize(settings: FilterSettings, skipped: frozenset[str]) -> None:
+    _worker.update(settings=settings, skipped=skipped)
+
+
+def _judge_chunk(task: tuple[Path, int, int, bool]) -> tuple[Verdicts, list[str], list[bytes], np.ndarray]:
+    """Return the verdicts of all rows of a byte range, and ids, keys and signatures of those that are kept."""
+    path, start, stop, filtered = task
+    verdicts: Verdicts = []
+    ids, keys, signatures = [], [], []
+    for line in _lines(path, start, stop):
+        record, verdict = _parse(line)
+        if verdict is None:
+            # Rows of earlier runs are only compared with; a folder's own rows go through every filter.
+            skipped = _worker["skipped"] if filtered else frozenset(FILTERS) - {"schema"}
+            verdict = judge(record, _worker["settings"], skipped)
+        verdicts.append(verdict)
+        if verdict is None:
+            ids.append(record["id"])
+            keys.append(exact_key(record["query"], record["positive"]))
+            signatures.append(signature(record["query"], record["positive"]))
+    stacked = np.stack(signatures) if signatures else np.empty((0, NUM_PERM), np.uint32)
+    return verdicts, ids, keys, stacked
+
+
+def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the lines that start in [start, stop) and are not blank."""
+    with open(path, "rb") as file:
+        if start:
+            # A line that starts exactly at `start` follows a newline just before it.
+            file.seek(start - 1)
+            file.readline()
+        while file.tell() < stop:
+            line = file.readline()
+            if line.strip():
+                yield line
+
+
+def _parse(line: bytes) -> tuple[Any, tuple[str, str] | None]:
+    try:
+        return json.loads(line), None
+    except ValueError as error:
+        return None, ("schema", f"not valid JSON: {error}")
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a JSONL file; a line that is no JSON object comes as {"line": its text}."""
+    for line in _lines(path, 0, path.stat().st_size):
+        record, _ = _parse(line)
+        yield record if isinstance(record, dict) else {"line": line.decode(errors="replace").rstrip("\n")}
+
+
+def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary: FilterSummary) -> None:
+    """Write all files under temporary names, then move them into place."""
+    names = [KEPT_FILE, DROPPED_FILE, SUMMARY_FILE] + [MARGINS_FILE] * bool(margins)
+    temporary = {name: directory / f"{name}.tmp" for name in names}
+    source = directory / RECORDS_FILE
+    with ExitStack() as stack:
+        kept = stack.enter_context(open(temporary[KEPT_FILE], "wb"))
+        # Half of a surrogate pair has no UTF-8 form; "backslashreplace" writes it as JSON's own escape.
+        dropped = stack.enter_context(open(temporary[DROPPED_FILE], "w", encoding="utf-8", errors="backslashreplace"))
+        # Records that were appended since the first pass wait for the next run.
+        for line, verdict in zip(_lines(source, 0, source.stat().st_size), verdicts, strict=False):
+            record, _ = _parse(line)
+            if verdict is None and margins:
+                verdict = margins.verdict(record["id"])
+            summary.records += 1
+            if verdict is None:
+                summary.kept += 1
+                kept.write(line if line.endswith(b"\n") else line + b"\n")
+                continue
+            name, reason = verdict
+            summary.dropped[name] += 1
+            row = record if isinstance(record, dict) else {"line": line.decode(errors="replace").rstrip("\n")}
+            dropped.write(json.dumps({**row, "dropped_by": name, "reason": reason}, ensure_ascii=False) + "\n")
+    text = json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n"
+    temporary[SUMMARY_FILE].write_text(text, encoding="utf-8")
+    if margins:
+        margins.write(temporary[MARGINS_FILE])
+    else:
+        (directory / MARGINS_FILE).unlink(missing_ok=True)
+    for name in names:
+        temporary[name].replace(directory / name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run, with records.jsonl")
+    parser.add_argument("--against", metavar="FILE", nargs="+", default=[], help="records of earlier runs")
+    parser.add_argument(
+        "--test_sets", metavar="PATH", nargs="+", default=[], help="files or folders whose texts must not be trained on"
+    )
+    parser.add_argument("--near_duplicate_threshold", type=float, default=NEAR_DUPLICATE_THRESHOLD)
+    parser.add_argument("--embedding_model", metavar="NAME", help="SentenceTransformer that checks the negatives")
+    parser.add_argument(
+        "--margin", type=float, default=DEFAULT_MARGIN, help="cosine by which a positive must beat its negative"
+    )
+    parser.add_argument("--skip", nargs="+", default=[], metavar="FILTER", help=f"any of {', '.join(FILTER_NAMES)}")
+    parser.add_argument("--num_proc", type=int, help="processes (default: one per CPU core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    model = None
+    if args.embedding_model:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            model = SentenceTransformer(args.embedding_model)
+        except OSError as error:
+            raise InputError(f"--embedding_model {args.embedding_model}: {str(error).splitlines()[0]}") from None
+    summary = filter_records(
+        args.directory,
+        settings=FilterSettings(test_sets=TestSets.from_files(args.test_sets) if args.test_sets else None),
+        against=args.against,
+        near_duplicate_threshold=args.near_duplicate_threshold,
+        embedding_model=model,
+        margin=args.margin,
+        skip=args.skip,
+        num_proc=args.num_proc,
+    )
+    for name, count in summary.dropped.items():
+        print(f"{name:26}{count:>10,}")
+    print(f"{'kept':26}{summary.kept:>10,} of {summary.records:,}")
+    print(f"wrote {KEPT_FILE}, {DROPPED_FILE} and {SUMMARY_FILE} to {args.directory}")
+    print(f"next: hf-e5 report {args.directory}, then hf-e5 build {args.directory / KEPT_FILE} OUT")

@@ -1,0 +1,206 @@
+"""The filters that look at one record: pure functions from a record to the reason why it is dropped, or None.
+
+They run in the order of `FILTERS`, and the first that objects names the record's fate. Filters that need all records
+(duplicates) or a model (negatives that beat the positive) follow in `filtering.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from .contamination import TestSets
+from .language_id import detect_other_language
+
+
+Record = dict[str, Any]
+
+TEXT_FIELDS = ("query", "positive", "negative")
+_STRING_FIELDS = ("id", "task_type", "language", "document_language", "instruction", "query", "positive", "model")
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """Least and most characters of a query and of a document (positive and negative)."""
+
+    query: tuple[int, int] = (1, 20_000)
+    document: tuple[int, int] = (1, 20_000)
+
+
+# Far from what templates ask for: they catch cut-off and run-away answers. A Chinese text has about a third of the
+# characters of an English one. Task types of users get the defaults of LengthLimits.
+LENGTH_LIMITS = {
+    "short_long": LengthLimits(query=(2, 1_000), document=(50, 20_000)),
+    "long_short": LengthLimits(query=(5, 20_000), document=(1, 200)),
+    "short_short": LengthLimits(query=(2, 1_000), document=(2, 1_000)),
+    "long_long": LengthLimits(query=(100, 20_000), document=(100, 20_000)),
+    "sts": LengthLimits(query=(3, 5_000), document=(3, 5_000)),
+    "bitext": LengthLimits(query=(3, 5_000), document=(2, 5_000)),
+}
+
+# A query of this many characters that stands word for word in a document was copied; shorter ones are terms.
+MIN_COPIED_CHARACTERS = 40
+
+# Scripts that write words without spaces between them (Thai, Lao, Burmese, Khmer, kana, Chinese).
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """What the filters compare with; the defaults are the ones documented."""
+
+    length_limits: dict[str, LengthLimits] = field(default_factory=lambda: dict(LENGTH_LIMITS))
+    test_sets: TestSets | None = None
+
+
+def schema(record: Record, settings: FilterSettings) -> str | None:
+    """Every field is there with its type."""
+    if not isinstance(record, dict):
+        return f"a record is an object, not {type(record).__name__}"
+    for name in _STRING_FIELDS:
+        if not isinstance(record.get(name), str):
+            return f"{name} is missing or not a string"
+    if not isinstance(record.get("negative"), str | None):
+        return "negative is not a string"
+    if not isinstance(record.get("placeholders"), dict):
+        return "placeholders is missing or not an object"
+    for name in ("instruction", *TEXT_FIELDS):
+        try:
+            (record.get(name) or "").encode()
+        except UnicodeEncodeError:
+            return f"{name} holds half of a surrogate pair"
+    return None
+
+
+def empty(record: Record, settings: FilterSettings) -> str | None:
+    """No text without a letter or digit, and no instruction that is blank."""
+    for name in ("instruction", *TEXT_FIELDS):
+        text = record.get(name)
+        # A negative may be absent; one that is there must say something.
+        if text is not None and not any(map(str.isalnum, text)):
+            return f"{name} is empty"
+    return None
+
+
+def length(record: Record, settings: FilterSettings) -> str | None:
+    """Query and documents within the limits of the task type."""
+    limits = settings.length_limits.get(record["task_type"], LengthLimits())
+    for name in TEXT_FIELDS:
+        text = record.get(name)
+        if text is None:
+            continue
+        low, high = limits.query if name == "query" else limits.document
+        count = len(text.strip())
+        if not low <= count <= high:
+            return f"{name} has {count} characters, wanted {low} to {high}"
+    return None
+
+
+def copied_query(record: Record, settings: FilterSettings) -> str | None:
+    """No document that is the query, and none that holds a long query word for word."""
+    query = _fold(record["query"])
+    for name in ("positive", "negative"):
+        document = _fold(record.get(name) or "")
+        if document == query:
+            return f"{name} is the query"
+        if len(query) >= MIN_COPIED_CHARACTERS and query in document:
+            return f"{name} holds the query word for word"
+    return None
+
+
+def positive_equals_negative(record: Record, settings: FilterSettings) -> str | None:
+    """A hard negative that differs from the positive in more than case and spacing."""
+    if _fold(record["positive"]) == _fold(record.get("negative") or ""):
+        return "positive and negative are the same text"
+    return None
+
+
+def label_in_text(record: Record, settings: FilterSettings) -> str | None:
+    """No long_short text that names its own label: the task would be a word search (paper, table 9)."""
+    if record["task_type"] != "long_short":
+        return None
+    text, label = _fold(record["query"]), _fold(record["positive"])
+    if label not in text:
+        return None
+    if _UNSPACED.search(label) or re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text):
+        return f"the text contains its label {record['positive']!r}"
+    return None
+
+
+def wrong_language(record: Record, settings: FilterSettings) -> str | None:
+    """Query in `language`, documents in `document_language`, as far as language identification can tell."""
+    for name in TEXT_FIELDS:
+        text = record.get(name)
+        if text is None:
+            continue
+        language = record["language" if name == "query" else "document_language"]
+        found = detect_other_language(text, language)
+        if found:
+            return f"{name} looks like {found[0]!r}, not {language!r} (probability {found[1]:.4f})"
+    return None
+
+
+def meta_talk(record: Record, settings: FilterSettings) -> str | None:
+    """No text in which the model talks about its answer (data/meta_talk.txt)."""
+    for name in TEXT_FIELDS:
+        text = (record.get(name) or "").lower()
+        for phrase, pattern in _meta_phrases():
+            if phrase in text and (pattern is None or pattern.search(text)):
+                return f"{name} has the phrase {phrase!r}"
+    return None
+
+
+def contamination(record: Record, settings: FilterSettings) -> str | None:
+    """No text of a given test set, short texts aside (paper, appendix B)."""
+    if settings.test_sets is None:
+        return None
+    for name in TEXT_FIELDS:
+        text = record.get(name)
+        if text is None or settings.test_sets.is_low_entropy(text):
+            continue
+        found = settings.test_sets.find(text)
+        if found:
+            return f"{name} is a text of {found[0]}"
+    return None
+
+
+FILTERS: dict[str, Callable[[Record, FilterSettings], str | None]] = {
+    function.__name__: function
+    for function in (
+        schema,
+        empty,
+        length,
+        copied_query,
+        positive_equals_negative,
+        label_in_text,
+        meta_talk,
+        contamination,
+        wrong_language,
+    )
+}
+
+
+def judge(record: Record, settings: FilterSettings, skip: frozenset[str] = frozenset()) -> tuple[str, str] | None:
+    """Return (filter, reason) of the first filter that drops the record, or None if it is kept."""
+    for name, function in FILTERS.items():
+        if name not in skip:
+            reason = function(record, settings)
+            if reason:
+                return name, reason
+    return None
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+@cache
+def _meta_phrases() -> list[tuple[str, re.Pattern[str] | None]]:
+    """Return (phrase, pattern): the plain phrase is a hundred times cheaper to look for, so it goes first."""
+    lines = (files(__package__) / "data" / "meta_talk.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.partition("\t") for line in lines if line and not line.startswith("#")]
+    return [(phrase, re.compile(pattern) if pattern else None) for phrase, _, pattern in rows]
