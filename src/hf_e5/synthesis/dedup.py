@@ -30,9 +30,14 @@ def _normalize(query: str, positive: str) -> str:
     return "\t".join(" ".join(text.casefold().split()) for text in (query, positive))
 
 
+def text_key(text: str) -> bytes:
+    """Return 16 bytes that stand for a text."""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
 def exact_key(query: str, positive: str) -> bytes:
     """Return 16 bytes that are the same for pairs that differ in case and spacing only."""
-    return blake2b(_normalize(query, positive).encode(errors="surrogatepass"), digest_size=16).digest()
+    return text_key(_normalize(query, positive))
 
 
 @cache

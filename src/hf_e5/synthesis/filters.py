@@ -45,8 +45,11 @@ LENGTH_LIMITS = {
 # A query of this many characters that stands word for word in a document was copied; shorter ones are terms.
 MIN_COPIED_CHARACTERS = 40
 
-# Scripts that write words without spaces between them (Thai, Lao, Burmese, Khmer, kana, Chinese).
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+# Scripts that write words without spaces between them (Thai, Lao, Burmese, Khmer, kana, Chinese), as a regex class.
+UNSPACED_SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_UNSPACED = re.compile(f"[{UNSPACED_SCRIPTS}]")
+# What a word is made of, as a regex class: \\w leaves out the vowel signs of Indic scripts, Hebrew and Arabic points.
+WORD_CHARACTERS = r"\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def label_in_text(record: Record, settings: FilterSettings) -> str | None:
     text, label = _fold(record["query"]), _fold(record["positive"])
     if label not in text:
         return None
-    if _UNSPACED.search(label) or re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text):
+    if _UNSPACED.search(label) or re.search(rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])", text):
         return f"the text contains its label {record['positive']!r}"
     return None
 

@@ -16,7 +16,7 @@ from .languages import load_languages
 # Shorter texts (terms, names, labels) are not judged: "expressio unius est exclusio alterius" is a good English query.
 # The measure is UTF-8 bytes of letters, since a letter of Chinese or Hindi tells more than a Latin one.
 MIN_LETTER_BYTES = 40
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 300
 MIN_PROBABILITY = 0.02
 
 # Languages whose texts also pass as another one: standards of one language, mutually readable neighbours, other codes

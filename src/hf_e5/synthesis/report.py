@@ -1,0 +1,228 @@
+"""`hf-e5 report DIR`: describe the records of a synthesis run and make them browsable.
+
+    DIR/report/index.html               one self-contained page: overview, and records to browse, filter and search
+    DIR/report/figure2.png, figure2.svg shares of task types and languages (paper, figure 2)
+    DIR/report/report.json              all figures
+
+Where the filters ran (`hf-e5 filter`), the figures are those of the kept records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from .figures import plot_shares
+from .filtering import DROPPED_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE, SUMMARY_FILE, read_rows
+from .html_report import Table, render_page
+from .languages import load_languages
+from .statistics import Sample, Statistics, read_margins, read_usage
+
+
+ANSWERS_FILE = "answers.jsonl"
+# Rows that the page carries: about 30 MB of text, which a browser opens in about a second.
+MAX_ROWS = 20_000
+
+
+def write_report(directory: str | Path, out: str | Path | None = None, max_rows: int = MAX_ROWS) -> dict[str, Any]:
+    """Write the report of a synthesis run and return its figures (the content of report.json).
+
+    Args:
+        directory: folder of the run, with records.jsonl and, after `hf-e5 filter`, kept.jsonl and dropped.jsonl.
+        out: folder to write; replaced as a whole. None for `directory`/report.
+        max_rows: most records on the page; of more, it shows a random sample and says so. At most half of them are
+            dropped ones.
+
+    Raises:
+        InputError: there are no records.
+    """
+    directory = Path(directory)
+    out = Path(out) if out else directory / "report"
+    filtered = (directory / KEPT_FILE).is_file()
+    source = directory / (KEPT_FILE if filtered else RECORDS_FILE)
+    if not source.is_file():
+        raise InputError(f"{source}: no such file; DIR is the folder that hf-e5 synthesize wrote")
+    if out.exists() and not (out / "report.json").is_file():
+        raise InputError(f"{out}: exists and is no report; choose another folder")
+
+    dropped, losses = Sample(max_rows // 2), Counter[tuple[str, str]]()
+    if filtered and (directory / DROPPED_FILE).is_file():
+        for row in _progress(directory / DROPPED_FILE):
+            losses[row.get("task_type") or "unreadable", row["dropped_by"]] += 1
+            dropped.add(row)
+    kept, statistics = Sample(max_rows - len(dropped.rows())), Statistics()
+    for row in _progress(source):
+        if statistics.add(row):
+            kept.add(row)
+    if not statistics.records:
+        raise InputError(f"{source}: no records")
+
+    report: dict[str, Any] = statistics.to_dict()
+    if filtered:
+        report["filters"] = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        report["dropped_by_task_type"] = _nested(losses)
+    report["margins"] = read_margins(directory / MARGINS_FILE)
+    report["usage"] = read_usage(directory / ANSWERS_FILE, statistics.records)
+    records = kept.rows() + dropped.rows()
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        _, svg = plot_shares(statistics.task_types, statistics.languages, temporary / "figure2")
+        page = render_page(
+            title=f"{directory.resolve().name}: synthetic records",
+            tiles=_tiles(report),
+            notes=_notes(kept, dropped, directory, filtered),
+            tables=_tables(report),
+            figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
+            records=records,
+        )
+        (temporary / "index.html").write_text(page, encoding="utf-8")
+        (temporary / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _progress(path: Path):
+    return tqdm(read_rows(path), desc=path.name, unit=" records")
+
+
+def _nested(losses: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    nested: dict[str, dict[str, int]] = {}
+    for (task_type, name), count in losses.most_common():
+        nested.setdefault(task_type, {})[name] = count
+    return nested
+
+
+def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
+    tiles = [("records", f"{report['records']:,}")]
+    if "filters" in report:
+        total = report["filters"]["records"]
+        tiles = [("kept", f"{report['records']:,}"), ("dropped", f"{total - report['filters']['kept']:,}")]
+    tiles.append(("distinct instructions", f"{report['distinct_instructions']:,}"))
+    tiles.append(("languages", f"{len(report['languages']):,}"))
+    if report["usage"] and report["usage"]["usd_per_1k_records"] is not None:
+        tiles.append(("USD per 1k records", f"{report['usage']['usd_per_1k_records']:.2f}"))
+    return tiles
+
+
+def _notes(kept: Sample, dropped: Sample, directory: Path, filtered: bool) -> list[str]:
+    notes = []
+    shown = len(kept.rows()) + len(dropped.rows())
+    if shown < kept.seen + dropped.seen:
+        notes.append(
+            f"This page holds a random sample: {len(kept.rows()):,} of {kept.seen:,} kept and {len(dropped.rows()):,} "
+            f"of {dropped.seen:,} dropped records. The figures are those of all records."
+        )
+    if not filtered:
+        notes.append(f"The filters have not run: hf-e5 filter {directory}")
+    elif _is_stale(directory):
+        notes.append(f"records.jsonl has changed since the filters ran: hf-e5 filter {directory}")
+    return notes
+
+
+def _is_stale(directory: Path) -> bool:
+    records, summary = directory / RECORDS_FILE, directory / SUMMARY_FILE
+    return records.is_file() and records.stat().st_mtime > summary.stat().st_mtime
+
+
+def _tables(report: dict[str, Any]) -> list[Table]:
+    total = report["records"]
+    tables = []
+    if "filters" in report:
+        seen = report["filters"]["records"]
+        losses = [(name, f"{n:,}", f"{n / seen:.2%}") for name, n in report["filters"]["dropped"].items()]
+        losses.append(("kept", f"{report['filters']['kept']:,}", f"{report['filters']['kept'] / seen:.2%}"))
+        note = "The first filter that objects to a record counts it."
+        tables.append(Table("Filters", ("filter", "dropped", "share"), losses, note))
+    tables.append(_shares("Task types", "task type", report["task_types"], total))
+    lengths = [
+        (f"{task_type}: {name}", *(f"{values[key]:,.0f}" for key in ("p5", "median", "mean", "p95")))
+        for task_type, fields in report["characters"].items()
+        for name, values in fields.items()
+    ]
+    tables.append(Table("Lengths in characters", ("text", "5 %", "median", "mean", "95 %"), lengths))
+    if report["usage"]:
+        tables.append(_usage_table(report["usage"]))
+        if report["usage"]["errors"]:
+            tables.append(_shares("Failed answers", "reason", report["usage"]["errors"], report["usage"]["answers"]))
+    diversity = report["diversity"]
+    rows = [
+        (name, *(f"{diversity[f'{name}_distinct_{n}']:.3f}" for n in (1, 2, 3))) for name in ("query", "positive")
+    ]
+    note = f"Different n-grams over all n-grams, in a sample of {diversity['records']:,} records."
+    tables.append(Table("Diversity", ("text", "distinct-1", "distinct-2", "distinct-3"), rows, note))
+    if report["margins"]:
+        rows = [(name, f"{value:.3f}") for name, value in report["margins"].items() if name != "records"]
+        note = f"Cosine of query and positive less that of query and negative, {report['margins']['records']:,} records."
+        tables.append(Table("Margins of the embedding check", ("", "margin"), rows, note))
+    tables.append(_shares("Models", "model", report["models"], total))
+    names = {code: language.name for code, language in load_languages().items()}
+    languages = {f"{names.get(code, code)} ({code})": n for code, n in report["languages"].items()}
+    tables.append(_shares("Languages of queries", "language", languages, total))
+    return tables
+
+
+def _shares(title: str, name: str, counts: dict[str, int], total: int) -> Table:
+    rows = [(key, f"{count:,}", f"{count / total:.2%}") for key, count in counts.items()]
+    return Table(title, (name, "records" if title != "Failed answers" else "answers", "share"), rows)
+
+
+def _usage_table(usage: dict[str, Any]) -> Table:
+    rows = [
+        (
+            model,
+            f"{values['answers']:,}",
+            f"{values['prompt_tokens']:,}",
+            f"{values['completion_tokens']:,}",
+            _usd(values["cost"]),
+        )
+        for model, values in usage["models"].items()
+    ]
+    per_thousand = f"{usage['tokens_per_record']:,.0f} tokens a record; {_usd(usage['usd_per_1k_records'])} per 1,000."
+    note = f"All answers, failed ones and brainstorming included, over the records above: {per_thousand}"
+    columns = ("model", "answers", "prompt tokens", "completion tokens", "cost")
+    return Table("Tokens and cost", columns, rows, note)
+
+
+def _usd(value: float | None) -> str:
+    return "no price" if value is None else f"USD {value:,.2f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run")
+    parser.add_argument("--output", metavar="OUT", type=Path, help="folder of the report (default: DIR/report)")
+    parser.add_argument("--max_rows", type=int, default=MAX_ROWS, help="most records on the page (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_rows < 1:
+        raise InputError(f"--max_rows {args.max_rows}: must be at least 1")
+    report = write_report(args.directory, args.output, args.max_rows)
+    out = args.output or args.directory / "report"
+    for label, value in _tiles(report):
+        print(f"{label:26}{value:>12}")
+    for name in ("task_types", "languages"):
+        largest = list(report[name].items())[:6]
+        print(f"{name:26}" + ", ".join(f"{key} {count / report['records']:.1%}" for key, count in largest))
+    print(f"wrote {out / 'index.html'}, figure2.png, figure2.svg and report.json")
+    if "filters" not in report:
+        print(f"next: hf-e5 filter {args.directory}")
+        return
+    if _is_stale(args.directory):
+        print(f"records.jsonl has changed since the filters ran: hf-e5 filter {args.directory}", file=sys.stderr)
+    print(f"next: hf-e5 build {args.directory / KEPT_FILE} OUT")
