@@ -17,6 +17,7 @@ from .errors import exit_on_input_error
 COMMANDS = {
     "filter": ("hf_e5.synthesis.filtering", "part the records of a synthesis run into kept and dropped"),
     "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),
+    "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
     "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),

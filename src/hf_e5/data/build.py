@@ -1,0 +1,164 @@
+"""`hf-e5 build`: records become a dataset folder that is ready for the Hub.
+
+    OUT/README.md                                    the card; its YAML says which files make which config and split
+    OUT/data/{task type}/{split}-00000-of-00001.parquet
+    OUT/figures/*.png                                shares of task types and languages (paper, figure 2)
+
+Records are read twice, whatever their number: once to check them and to part them by task type, once to write them.
+The config `all` is no copy: it lists the files of every task type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from ..instructions import TASK_TYPES
+from .builder import TEST_SIZE, SyntheticTriplets
+from .card import write_card
+from .records import Statistics, find_record_files, read_records
+
+
+def build_dataset(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    license: str = "unknown",
+    test_size: float = TEST_SIZE,
+    max_shard_size: str = "500MB",
+) -> dict[str, DatasetInfo]:
+    """Write the dataset of `sources` to the new folder `out`, whole or not at all.
+
+    Args:
+        sources: record files or folders of synthesis runs (see `find_record_files`).
+        out: folder to write; must not exist. Its name becomes the dataset's title.
+        license: the Hub's identifier of the licence, such as `mit` or `cc-by-4.0`.
+        test_size: share of the tasks that become the test split, from 0 to less than 1.
+        max_shard_size: most bytes of text, before compression, that go into one parquet file.
+
+    Returns:
+        The info (features, splits with their numbers of rows and bytes) of each config but `all`, by task type.
+
+    Raises:
+        InputError: `out` exists, there are no records, or a record is wrong (with file, row and field).
+    """
+    files = find_record_files(sources)
+    with _new_folder(Path(out)) as folder:
+        parts = folder.parent / "parts"
+        statistics = _part_by_task_type(files, parts)
+        infos = {}
+        for task_type in sorted(statistics.task_types, key=_order):
+            infos[task_type] = _write_config(
+                parts / f"{task_type}.jsonl", folder / "data" / task_type, test_size, max_shard_size
+            )
+        write_card(folder, infos, statistics, license=license, files=files)
+    return infos
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` when the block ends without an error."""
+    if out.exists():
+        raise InputError(f"{out}: exists; choose another folder or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        yield folder
+        folder.rename(out)
+
+
+def _order(task_type: str) -> tuple[int, str]:
+    """The paper's task types in the paper's order, then the user's own by name."""
+    return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
+
+
+def _part_by_task_type(files: Sequence[Path], folder: Path) -> Statistics:
+    """Check all records, count them, and copy each line to the file of its task type in `folder`."""
+    statistics = Statistics()
+    folder.mkdir()
+    with ExitStack() as stack:
+        num_bytes = sum(file.stat().st_size for file in files)
+        bar = stack.enter_context(tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Checking records"))
+        parts: dict[str, Any] = {}
+        for file in files:
+            for _, line, record in read_records(file):
+                task_type = record["task_type"]
+                if task_type not in parts:
+                    parts[task_type] = stack.enter_context(open(folder / f"{task_type}.jsonl", "wb"))
+                parts[task_type].write(line.rstrip(b"\n") + b"\n")
+                statistics.add(record)
+                bar.update(len(line))
+    if not len(statistics):
+        raise InputError(f"{', '.join(map(str, files))}: no records")
+    repeated = statistics.first_repeated_id()
+    if repeated:
+        first, second = (_place(files, position) for position in repeated)
+        raise InputError(f"{second}: id: the same as that of {first}; ids must be unique")
+    return statistics
+
+
+def _place(files: Sequence[Path], position: int) -> str:
+    """Return `file:row` of the record at a position."""
+    places = (place for file in files for place, _, _ in read_records(file))
+    return next(place for number, place in enumerate(places) if number == position)
+
+
+def _write_config(part: Path, folder: Path, test_size: float, max_shard_size: str) -> DatasetInfo:
+    """Write the records of one task type as `folder/{split}-00000-of-0000N.parquet`."""
+    task_type = part.stem
+    # `datasets` leaves locks and a dataset_info.json beside its output: it writes elsewhere, the shards are moved.
+    prepared = part.with_suffix("")
+    builder = SyntheticTriplets(
+        config_name=task_type, data_files=str(part), test_size=test_size, cache_dir=str(part.parent / "cache")
+    )
+    builder.download_and_prepare(str(prepared), file_format="parquet", max_shard_size=max_shard_size)
+    folder.mkdir(parents=True)
+    num_bytes = 0
+    for split in builder.info.splits:
+        shards = sorted(prepared.glob(f"*-{split}*.parquet"))
+        for number, shard in enumerate(shards):
+            num_bytes += shard.stat().st_size
+            shutil.move(shard, folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+    part.unlink()
+    builder.info.download_size = num_bytes
+    return builder.info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", nargs="+", help="record files (JSONL), or folders written by `hf-e5 synthesize`")
+    parser.add_argument("out", metavar="OUT", help="dataset folder to write; must not exist")
+    parser.add_argument(
+        "--license", default="unknown", metavar="ID", help="licence identifier of the Hub, such as mit or cc-by-4.0"
+    )
+    parser.add_argument(
+        "--test_size", type=float, default=TEST_SIZE, help="share of the tasks in the test split (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_shard_size", default="500MB", help="most text in one parquet file (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    infos = build_dataset(
+        args.records,
+        args.out,
+        license=args.license,
+        test_size=args.test_size,
+        max_shard_size=args.max_shard_size,
+    )
+    print(f"{'config':<14} {'train':>9} {'test':>7}")
+    for name, info in infos.items():
+        counts = {split: info.splits[split].num_examples if split in info.splits else 0 for split in ("train", "test")}
+        print(f"{name:<14} {counts['train']:>9,} {counts['test']:>7,}")
+    print(f"wrote {args.out}; load it with load_dataset({args.out!r}), read its card {args.out}/README.md, then:")
+    print(f"  hf-e5 push {args.out} USER/NAME")

@@ -1,0 +1,94 @@
+"""The dataset card: README.md with the YAML that the Hub's search, its viewer and `load_dataset` read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .records import Statistics
+
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+SIZES = {
+    1_000: "n<1K",
+    10_000: "1K<n<10K",
+    100_000: "10K<n<100K",
+    1_000_000: "100K<n<1M",
+    10_000_000: "1M<n<10M",
+    100_000_000: "10M<n<100M",
+}
+
+
+def write_card(
+    folder: Path,
+    infos: dict[str, DatasetInfo],
+    statistics: Statistics,
+    *,
+    license: str,
+    files: Sequence[Path],
+) -> None:
+    """Write `folder/README.md` for a dataset whose shards lie under `folder/data/{task type}/`.
+
+    The same records give the same card: it holds no date and nothing of the machine.
+    """
+    infos = {"all": _sum(infos), **infos}
+    data = DatasetCardData(
+        language=sorted(statistics.languages),
+        license=license,
+        pretty_name=folder.name,
+        annotations_creators=["machine-generated"],
+        language_creators=["machine-generated"],
+        multilinguality=["multilingual" if len(statistics.languages) > 1 else "monolingual"],
+        source_datasets=["original"],
+        size_categories=[_size(len(statistics))],
+        task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
+        tags=["synthetic", "text-embeddings", "hard-negatives", "hf-e5", "arxiv:2401.00368"],
+        configs=[_config(name, info) for name, info in infos.items()],
+    )
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=folder.name,
+        license=license,
+        infos=infos,
+        statistics=statistics,
+        num_records=len(statistics),
+    )
+    card.validate
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _config(name: str, info: DatasetInfo) -> dict[str, Any]:
+    """Say which files make a config. `all` has no files of its own: it lists those of every task type."""
+    folder = "*" if name == "all" else name
+    config: dict[str, Any] = {
+        "config_name": name,
+        "data_files": [{"split": split, "path": f"data/{folder}/{split}-*.parquet"} for split in info.splits],
+    }
+    return config | {"default": True} if name == "all" else config
+
+
+def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
+    """Return the info of the config `all`."""
+    splits = SplitDict()
+    for name in ("train", "test"):
+        parts = [info.splits[name] for info in infos.values() if name in info.splits]
+        if parts:
+            num_bytes, num_examples = (sum(getattr(part, key) for part in parts) for key in ("num_bytes", "num_examples"))
+            splits.add(SplitInfo(name=name, num_bytes=num_bytes, num_examples=num_examples))
+    return DatasetInfo(
+        features=next(iter(infos.values())).features,
+        splits=splits,
+        download_size=sum(info.download_size for info in infos.values()),
+        dataset_size=sum(info.dataset_size for info in infos.values()),
+    )
+
+
+def _size(num_records: int) -> str:
+    return next((name for limit, name in SIZES.items() if num_records < limit), "100M<n<1B")
