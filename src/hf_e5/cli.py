@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
     "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
+    "push": ("hf_e5.export.hub", "put a dataset or model folder on the Hub"),
 }
 
 
