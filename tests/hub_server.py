@@ -418,7 +418,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return _json(hub.validate_yaml(json.loads(body)))
         if match := re.fullmatch(rf"{_API}/preupload/(?P<rev>.+)", path):
-            return _json(hub.preupload(self._repo(match["kind"], match["name"], write=True), match["rev"], json.loads(body)))
+            return _json(
+                hub.preupload(self._repo(match["kind"], match["name"], write=True), match["rev"], json.loads(body))
+            )
         if match := re.fullmatch(rf"{_API}/commit/(?P<rev>.+)", path):
             lines = [json.loads(line) for line in body.splitlines() if line]
             return _json(hub.commit(self._repo(match["kind"], match["name"], write=True), match["rev"], lines))

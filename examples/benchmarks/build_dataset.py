@@ -27,7 +27,9 @@ def write_records(path: Path, num_records: int) -> None:
         for number, row in enumerate(islice(cycle(rows), num_records)):
             # As in the paper, about three examples share an instruction.
             edition = number // len(rows) // 3
-            instruction = row["instruction"] if row["task_type"] in ("sts", "bitext") else f"{row['instruction']} ({edition})"
+            instruction = (
+                row["instruction"] if row["task_type"] in ("sts", "bitext") else f"{row['instruction']} ({edition})"
+            )
             record = {**row, "id": f"{number:08d}", "instruction": instruction, "query": f"{row['query']} {number}"}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -14,6 +14,7 @@ _EXPORTS = {
     "E5Model": "hf_e5.modeling.encoder",
     "E5Trainer": "hf_e5.training.trainer",
     "E5TrainingArguments": "hf_e5.training.arguments",
+    "SyntheticTriplets": "hf_e5.data.builder",
     "export_sentence_transformer": "hf_e5.export.sentence_transformer",
     "info_nce": "hf_e5.training.losses",
     "verify_export": "hf_e5.export.verify",
@@ -24,12 +25,14 @@ __all__ = [
     "E5Model",
     "E5Trainer",
     "E5TrainingArguments",
+    "SyntheticTriplets",
     "export_sentence_transformer",
     "info_nce",
     "verify_export",
 ]
 
 if TYPE_CHECKING:
+    from .data.builder import SyntheticTriplets
     from .data.collator import E5DataCollator
     from .export.sentence_transformer import export_sentence_transformer
     from .export.verify import verify_export

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetInfo
+from datasets.utils.py_utils import convert_file_size_to_int
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..instructions import TASK_TYPES
 from .builder import TEST_SIZE, SyntheticTriplets
 from .card import write_card
-from .records import Statistics, find_record_files, read_records
+from .provenance import read_provenance
+from .records import Statistics, check_test_size, find_record_files, read_records
 
 
 def build_dataset(
@@ -51,6 +53,11 @@ def build_dataset(
     Raises:
         InputError: `out` exists, there are no records, or a record is wrong (with file, row and field).
     """
+    check_test_size(test_size)
+    try:
+        convert_file_size_to_int(max_shard_size)
+    except ValueError as error:
+        raise InputError(f"max_shard_size: {error}") from None
     files = find_record_files(sources)
     with _new_folder(Path(out)) as folder:
         parts = folder.parent / "parts"
@@ -60,7 +67,7 @@ def build_dataset(
             infos[task_type] = _write_config(
                 parts / f"{task_type}.jsonl", folder / "data" / task_type, test_size, max_shard_size
             )
-        write_card(folder, infos, statistics, license=license, files=files)
+        write_card(folder, infos, statistics, read_provenance(files), license=license)
     return infos
 
 
@@ -141,7 +148,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--license", default="unknown", metavar="ID", help="licence identifier of the Hub, such as mit or cc-by-4.0"
     )
     parser.add_argument(
-        "--test_size", type=float, default=TEST_SIZE, help="share of the tasks in the test split (default: %(default)s)"
+        "--test_size",
+        type=float,
+        default=TEST_SIZE,
+        help="share of the tasks in the test split (default: %(default)s)",
     )
     parser.add_argument(
         "--max_shard_size", default="500MB", help="most text in one parquet file (default: %(default)s)"

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..errors import InputError
 from ..instructions import TASK_TYPES
-from .records import FIELDS, read_records, split_of
+from .records import FIELDS, check_test_size, read_records, split_of
 
 
 ALL = "all"
@@ -88,15 +88,12 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         if not self.config.data_files:
             raise InputError("SyntheticTriplets: pass the record files as data_files")
-        if not 0 <= self.config.test_size < 1:
-            raise InputError(f"test_size: expected at least 0 and less than 1, got {self.config.test_size}")
+        check_test_size(self.config.test_size)
         files = [path for paths in dl_manager.download(self.config.data_files).values() for path in paths]
         splits = self._splits_with_records(files)
         if not splits:
             raise InputError(f"{files[0]}: no record of task type {self.config.name!r}")
-        return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"files": files, "split": split}) for split in splits
-        ]
+        return [datasets.SplitGenerator(name=split, gen_kwargs={"files": files, "split": split}) for split in splits]
 
     def _splits_with_records(self, files: list[str]) -> list[str]:
         """An empty split would be a trap for whoever loads it: find the splits that have a record."""

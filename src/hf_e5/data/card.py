@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .. import __version__
+from .builder import ALL
+from .provenance import Provenance
 from .records import Statistics
 
 
@@ -28,22 +30,23 @@ def write_card(
     folder: Path,
     infos: dict[str, DatasetInfo],
     statistics: Statistics,
+    provenance: Provenance,
     *,
     license: str,
-    files: Sequence[Path],
 ) -> None:
     """Write `folder/README.md` for a dataset whose shards lie under `folder/data/{task type}/`.
 
     The same records give the same card: it holds no date and nothing of the machine.
     """
-    infos = {"all": _sum(infos), **infos}
+    infos = {ALL: _sum(infos), **infos}
+    languages = {**statistics.languages, **statistics.document_languages}
     data = DatasetCardData(
-        language=sorted(statistics.languages),
+        language=sorted(languages),
         license=license,
         pretty_name=folder.name,
         annotations_creators=["machine-generated"],
         language_creators=["machine-generated"],
-        multilinguality=["multilingual" if len(statistics.languages) > 1 else "monolingual"],
+        multilinguality=["multilingual" if len(languages) > 1 else "monolingual"],
         source_datasets=["original"],
         size_categories=[_size(len(statistics))],
         task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
@@ -55,23 +58,42 @@ def write_card(
         data,
         template_path=str(TEMPLATE),
         name=folder.name,
+        version=__version__,
         license=license,
-        infos=infos,
-        statistics=statistics,
+        rows=[_row(name, info, statistics) for name, info in infos.items()],
+        example=list(infos)[1],
         num_records=len(statistics),
+        num_instructions=statistics.num_instructions,
+        models=statistics.models.most_common(),
+        languages=statistics.languages.most_common(),
+        provenance=provenance,
+        figure=None,
     )
-    card.validate
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+
+
+def _row(name: str, info: DatasetInfo, statistics: Statistics) -> dict[str, Any]:
+    """Return what the card's table tells of one config."""
+    task_types = list(statistics.task_types) if name == ALL else [name]
+    num_records = sum(statistics.task_types[task_type] for task_type in task_types)
+    num_negatives = sum(statistics.negatives[task_type] for task_type in task_types)
+    characters = []
+    for text in ("query", "positive", "negative"):
+        total = sum(statistics.characters[task_type, text] for task_type in task_types)
+        count = num_negatives if text == "negative" else num_records
+        characters.append(total / count if count else None)
+    splits = {split: info.splits[split].num_examples if split in info.splits else 0 for split in ("train", "test")}
+    return {"name": name, **splits, "negatives": num_negatives / num_records, "characters": characters}
 
 
 def _config(name: str, info: DatasetInfo) -> dict[str, Any]:
     """Say which files make a config. `all` has no files of its own: it lists those of every task type."""
-    folder = "*" if name == "all" else name
+    folder = "*" if name == ALL else name
     config: dict[str, Any] = {
         "config_name": name,
         "data_files": [{"split": split, "path": f"data/{folder}/{split}-*.parquet"} for split in info.splits],
     }
-    return config | {"default": True} if name == "all" else config
+    return config | {"default": True} if name == ALL else config
 
 
 def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
@@ -80,7 +102,8 @@ def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
     for name in ("train", "test"):
         parts = [info.splits[name] for info in infos.values() if name in info.splits]
         if parts:
-            num_bytes, num_examples = (sum(getattr(part, key) for part in parts) for key in ("num_bytes", "num_examples"))
+            num_bytes = sum(part.num_bytes for part in parts)
+            num_examples = sum(part.num_examples for part in parts)
             splits.add(SplitInfo(name=name, num_bytes=num_bytes, num_examples=num_examples))
     return DatasetInfo(
         features=next(iter(infos.values())).features,

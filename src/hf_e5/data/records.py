@@ -133,6 +133,12 @@ def folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def check_test_size(test_size: float) -> None:
+    """Raise `InputError` unless `test_size` is a share that leaves something to train on."""
+    if not 0 <= test_size < 1:
+        raise InputError(f"test_size: expected at least 0 and less than 1, got {test_size}")
+
+
 def split_of(record: dict[str, Any], test_size: float) -> str:
     """Return `train` or `test` for a record: a pure function of its text, whatever stands around it.
 
@@ -151,8 +157,8 @@ class Statistics:
 
     Attributes:
         task_types, models: number of records by task type and by model.
-        languages: number of texts by language, queries and documents; the shares are those of the records, with a
-            record in two languages counting half for each.
+        languages: number of records by language of the query.
+        document_languages: the same for the documents.
         negatives: number of records with a hard negative, by task type.
         characters: sum of the lengths by (task type, field).
     """
@@ -161,6 +167,7 @@ class Statistics:
         self.task_types: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
+        self.document_languages: Counter[str] = Counter()
         self.negatives: Counter[str] = Counter()
         self.characters: Counter[tuple[str, str]] = Counter()
         self._ids = array("Q")
@@ -171,7 +178,7 @@ class Statistics:
         self.task_types[task_type] += 1
         self.models[record["model"]] += 1
         self.languages[record["language"]] += 1
-        self.languages[record["document_language"]] += 1
+        self.document_languages[record["document_language"]] += 1
         self.negatives[task_type] += record.get("negative") is not None
         for field in ("query", "positive", "negative"):
             self.characters[task_type, field] += len(record.get(field) or "")

@@ -98,7 +98,9 @@ def detect_repo_type(folder: Path) -> str:
     is_dataset = any(folder.glob("data/**/*.parquet"))
     is_model = any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json"))
     if is_dataset == is_model:
-        raise InputError(f"{folder}: expected a dataset (data/*.parquet) or a model (config.json), found {_found(folder)}")
+        raise InputError(
+            f"{folder}: expected a dataset (data/*.parquet) or a model (config.json), found {_found(folder)}"
+        )
     return "dataset" if is_dataset else "model"
 
 

@@ -1,0 +1,79 @@
+"""Where records come from: what their synthesis runs left beside them, summed for the card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass
+class Usage:
+    """What one model was asked for: answers (failed ones too), tokens as its server counted them, USD."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    priced: bool = True
+
+
+@dataclass
+class Provenance:
+    """What is known of the runs; empty where the records came alone.
+
+    Attributes:
+        runs: what stays the same throughout a run, such as its seed and the hash of its recipe.
+        usage: by model.
+        dropped: records dropped, by filter; empty if no filters ran.
+        num_filtered: records that the filters saw.
+        test_sets: names of the sets that the contamination filter compared with.
+    """
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    usage: dict[str, Usage] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    num_filtered: int = 0
+    test_sets: set[str] = field(default_factory=set)
+
+
+def read_provenance(files: Sequence[Path]) -> Provenance:
+    """Read `run.json`, `answers.jsonl` and, for records that were filtered, `filters.json` beside each record file."""
+    provenance = Provenance()
+    for folder in dict.fromkeys(file.parent for file in files):
+        if (folder / "run.json").exists():
+            run = _load(folder / "run.json", (folder / "run.json").read_bytes())
+            provenance.runs.append({key: value for key, value in run.items() if isinstance(value, (str, int, float))})
+        if (folder / "answers.jsonl").exists():
+            with open(folder / "answers.jsonl", "rb") as answers:
+                _add_usage(provenance.usage, (_load(folder / "answers.jsonl", line) for line in answers))
+    for file in files:
+        summary_file = file.parent / "filters.json"
+        if file.name == "kept.jsonl" and summary_file.exists():
+            summary = _load(summary_file, summary_file.read_bytes())
+            provenance.dropped.update(summary["dropped"])
+            provenance.num_filtered += summary["records"]
+            provenance.test_sets.update(summary.get("settings", {}).get("test_sets", []))
+    return provenance
+
+
+def _load(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def _add_usage(usage: dict[str, Usage], answers: Iterable[dict[str, Any]]) -> None:
+    for answer in answers:
+        of_model = usage.setdefault(answer["model"], Usage())
+        of_model.answers += 1
+        of_model.prompt_tokens += answer["prompt_tokens"]
+        of_model.completion_tokens += answer["completion_tokens"]
+        of_model.cost += answer["cost"] or 0.0
+        of_model.priced &= answer["cost"] is not None
