@@ -27,7 +27,7 @@ from ..instructions import TASK_TYPES
 from .builder import TEST_SIZE, SyntheticTriplets
 from .card import write_card
 from .provenance import read_provenance
-from .records import Statistics, check_test_size, find_record_files, read_records
+from .records import RecordCounts, check_test_size, find_record_files, read_records
 
 
 def build_dataset(
@@ -61,13 +61,13 @@ def build_dataset(
     files = find_record_files(sources)
     with _new_folder(Path(out)) as folder:
         parts = folder.parent / "parts"
-        statistics = _part_by_task_type(files, parts)
+        counts = _part_by_task_type(files, parts)
         infos = {}
-        for task_type in sorted(statistics.task_types, key=_order):
+        for task_type in sorted(counts.task_types, key=_order):
             infos[task_type] = _write_config(
                 parts / f"{task_type}.jsonl", folder / "data" / task_type, test_size, max_shard_size
             )
-        write_card(folder, infos, statistics, read_provenance(files), license=license)
+        write_card(folder, infos, counts, read_provenance(files), license=license)
     return infos
 
 
@@ -89,9 +89,9 @@ def _order(task_type: str) -> tuple[int, str]:
     return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
 
 
-def _part_by_task_type(files: Sequence[Path], folder: Path) -> Statistics:
+def _part_by_task_type(files: Sequence[Path], folder: Path) -> RecordCounts:
     """Check all records, count them, and copy each line to the file of its task type in `folder`."""
-    statistics = Statistics()
+    counts = RecordCounts()
     folder.mkdir()
     with ExitStack() as stack:
         num_bytes = sum(file.stat().st_size for file in files)
@@ -103,15 +103,15 @@ def _part_by_task_type(files: Sequence[Path], folder: Path) -> Statistics:
                 if task_type not in parts:
                     parts[task_type] = stack.enter_context(open(folder / f"{task_type}.jsonl", "wb"))
                 parts[task_type].write(line.rstrip(b"\n") + b"\n")
-                statistics.add(record)
+                counts.add(record)
                 bar.update(len(line))
-    if not len(statistics):
+    if not len(counts):
         raise InputError(f"{', '.join(map(str, files))}: no records")
-    repeated = statistics.first_repeated_id()
+    repeated = counts.first_repeated_id()
     if repeated:
         first, second = (_place(files, position) for position in repeated)
         raise InputError(f"{second}: id: the same as that of {first}; ids must be unique")
-    return statistics
+    return counts
 
 
 def _place(files: Sequence[Path], position: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,31 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .. import __version__
+from ..synthesis.figures import plot_shares
 from .builder import ALL
 from .provenance import Provenance
-from .records import Statistics
+from .records import RecordCounts
 
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+# The Hub's size categories, by the number of rows that they end at.
 SIZES = {
-    1_000: "n<1K",
-    10_000: "1K<n<10K",
-    100_000: "10K<n<100K",
-    1_000_000: "100K<n<1M",
-    10_000_000: "1M<n<10M",
-    100_000_000: "10M<n<100M",
+    10**3: "n<1K",
+    10**4: "1K<n<10K",
+    10**5: "10K<n<100K",
+    10**6: "100K<n<1M",
+    10**7: "1M<n<10M",
+    10**8: "10M<n<100M",
+    10**9: "100M<n<1B",
 }
 
 
 def write_card(
     folder: Path,
     infos: dict[str, DatasetInfo],
-    statistics: Statistics,
+    counts: RecordCounts,
     provenance: Provenance,
     *,
     license: str,
@@ -39,7 +46,7 @@ def write_card(
     The same records give the same card: it holds no date and nothing of the machine.
     """
     infos = {ALL: _sum(infos), **infos}
-    languages = {**statistics.languages, **statistics.document_languages}
+    languages = {**counts.languages, **counts.document_languages}
     data = DatasetCardData(
         language=sorted(languages),
         license=license,
@@ -48,7 +55,7 @@ def write_card(
         language_creators=["machine-generated"],
         multilinguality=["multilingual" if len(languages) > 1 else "monolingual"],
         source_datasets=["original"],
-        size_categories=[_size(len(statistics))],
+        size_categories=[size_category(len(counts))],
         task_categories=["text-retrieval", "sentence-similarity", "feature-extraction"],
         tags=["synthetic", "text-embeddings", "hard-negatives", "hf-e5", "arxiv:2401.00368"],
         configs=[_config(name, info) for name, info in infos.items()],
@@ -60,26 +67,37 @@ def write_card(
         name=folder.name,
         version=__version__,
         license=license,
-        rows=[_row(name, info, statistics) for name, info in infos.items()],
+        rows=[_row(name, info, counts) for name, info in infos.items()],
         example=list(infos)[1],
-        num_records=len(statistics),
-        num_instructions=statistics.num_instructions,
-        models=statistics.models.most_common(),
-        languages=statistics.languages.most_common(),
+        num_records=len(counts),
+        num_instructions=counts.num_instructions,
+        models=counts.models.most_common(),
+        languages=counts.languages.most_common(),
         provenance=provenance,
-        figure=None,
+        figure=_draw(folder, counts),
     )
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def _row(name: str, info: DatasetInfo, statistics: Statistics) -> dict[str, Any]:
+def _draw(folder: Path, counts: RecordCounts) -> str | None:
+    """Draw figure 2 of the paper; return its path in the folder, or None where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        logger.warning("the card gets no figure: pip install hf-e5[synthesis]")
+        return None
+    (folder / "figures").mkdir()
+    _, svg = plot_shares(counts.task_types, counts.languages, folder / "figures" / "shares")
+    svg.unlink()  # the Hub's card shows the PNG
+    return "figures/shares.png"
+
+
+def _row(name: str, info: DatasetInfo, counts: RecordCounts) -> dict[str, Any]:
     """Return what the card's table tells of one config."""
-    task_types = list(statistics.task_types) if name == ALL else [name]
-    num_records = sum(statistics.task_types[task_type] for task_type in task_types)
-    num_negatives = sum(statistics.negatives[task_type] for task_type in task_types)
+    task_types = list(counts.task_types) if name == ALL else [name]
+    num_records = sum(counts.task_types[task_type] for task_type in task_types)
+    num_negatives = sum(counts.negatives[task_type] for task_type in task_types)
     characters = []
     for text in ("query", "positive", "negative"):
-        total = sum(statistics.characters[task_type, text] for task_type in task_types)
+        total = sum(counts.characters[task_type, text] for task_type in task_types)
         count = num_negatives if text == "negative" else num_records
         characters.append(total / count if count else None)
     splits = {split: info.splits[split].num_examples if split in info.splits else 0 for split in ("train", "test")}
@@ -113,5 +131,6 @@ def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
     )
 
 
-def _size(num_records: int) -> str:
-    return next((name for limit, name in SIZES.items() if num_records < limit), "100M<n<1B")
+def size_category(num_rows: int) -> str:
+    """Return the Hub's name for a number of rows."""
+    return next((name for limit, name in SIZES.items() if num_rows < limit), "n>1B")

@@ -150,7 +150,7 @@ def split_of(record: dict[str, Any], test_size: float) -> str:
     return "test" if stable_hash(key) < test_size * 2**64 else "train"
 
 
-class Statistics:
+class RecordCounts:
     """What a set of records holds, counted one record at a time.
 
     Memory is 16 bytes a record: two hashes, by which ids that occur twice are found and instructions are counted.
