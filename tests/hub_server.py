@@ -369,7 +369,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refused.message}
             if refused.code:
                 headers["X-Error-Code"] = refused.code
-            answer = (refused.status, headers, json.dumps({"error": refused.message, **refused.body}).encode())
+            body = {"error": refused.message, "errors": [{"message": refused.message}], **refused.body}
+            answer = (refused.status, headers, json.dumps(body).encode())
         if fault == "lose":
             self.close_connection = True
             return

@@ -208,6 +208,19 @@ def test_token(hub, folder):
     assert not any(hub.token.encode() in content for content in contents(folder.parent).values())
 
 
+def test_wrong_names_bad_cards_and_offline_mode_are_one_line(hub, folder):
+    for name in ("triplets", "user/two words", "a/b/c"):
+        code, _, err = push(hub, folder, name=name)
+        assert code == 2 and f"hf-e5 push: {name}:" in err and "Traceback" not in err
+    code, _, err = push(hub, folder, HF_HUB_OFFLINE="1")
+    assert code == 2 and "the Hub refuses" in err and "offline" in err
+    assert not hub.repos
+    (folder / "README.md").write_text("---\nlanguage: [Klingonian]\n---\n")
+    code, _, err = push(hub, folder)
+    assert code == 2 and "README.md" in err and "Klingonian" in err and "Traceback" not in err
+    assert len(hub.repos["dataset", NAME].commits) == 1 and not hub.count("PUT")
+
+
 def test_public_only_when_asked_for(hub, folder):
     assert push(hub, folder, "--public")[0] == 0
     assert not hub.repos["dataset", NAME].private
@@ -262,10 +275,34 @@ def model(tmp_path):
     return model
 
 
-def test_push_model_and_load_it(hub, model, tmp_path):
-    code, out, _ = push(hub, tmp_path / "model", name="user/model")
+def test_push_model(hub, tmp_path):
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    files = {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}", "1_Pooling/config.json": b"{}"}
+    for name, content in {**files, "model.safetensors": bytes(100_000), ".cache": b"not to be pushed"}.items():
+        (folder / name).write_bytes(content)
+    code, out, _ = push(hub, folder, name="user/model")
     assert code == 0 and 'SentenceTransformer("user/model")' in out
-    assert pushed(hub, "model", "user/model") == contents(tmp_path / "model")
+    assert hub.repos["model", "user/model"].private
+    assert pushed(hub, "model", "user/model") == {**files, "model.safetensors": bytes(100_000)}
+
+    # The merged model is replaced by an adapter: what an adapter does not have must not stay beside it.
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    sent = hub.count("PUT")
+    assert push(hub, folder, name="user/model")[0] == 0
+    assert set(pushed(hub, "model", "user/model")) == {
+        "README.md",
+        "1_Pooling/config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert hub.count("PUT") == sent  # the same content under another name
+
+
+@pytest.mark.slow
+def test_pushed_model_loads_in_sentence_transformers(hub, model, tmp_path):
+    assert push(hub, tmp_path / "model", name="user/model")[0] == 0
     code = """
 import json
 from sentence_transformers import SentenceTransformer

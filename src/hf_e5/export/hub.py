@@ -57,7 +57,7 @@ def push_folder(folder: str | Path, repo_id: str, *, public: bool = False) -> tu
     for wait in (*RETRY_WAITS, None):
         try:
             return _push(folder, repo_id, repo_type, public)
-        except (HTTPError, RuntimeError, ValueError) as error:
+        except (HTTPError, ConnectionError, RuntimeError, ValueError) as error:
             reason = _reason(error)
             if isinstance(error, InputError) or reason is None:
                 raise
@@ -74,7 +74,7 @@ def _reason(error: Exception) -> Exception | None:
     """Return what the Hub or the network has against a push; None if the error is none of theirs."""
     if isinstance(error, RuntimeError):  # a file could not be sent; the reason is its cause
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    from_hub = isinstance(error, HTTPError) or str(error).startswith("Invalid metadata in README.md")
+    from_hub = isinstance(error, (HTTPError, ConnectionError)) or str(error).startswith("Invalid metadata in README.md")
     return error if from_hub else None
 
 
