@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..instructions import format_query
 from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
+from .packed import pack_forward
+from .packing import Pack
 from .pooling import POOLINGS, pool
 from .tokenizer import load_tokenizer, tokenize
 
@@ -137,16 +139,22 @@ class E5Model(nn.Module):
         """Whether an adapter is trained on a frozen base."""
         return isinstance(self.backbone, PeftModel)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embed a padded batch.
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *, pack: Pack | None = None
+    ) -> Tensor:
+        """Embed a padded batch or a pack.
 
         Args:
             input_ids: Token ids, [batch, tokens], int64, padded on either side.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens].
+            pack: Instead of both: texts laid flat, without padding (where `supports_packing` says so).
 
         Returns:
-            [batch, dim], fp32, unit norm unless `normalize` is off.
+            [batch, dim], fp32, unit norm unless `normalize` is off; for a pack in the order of its texts.
         """
+        if pack is not None:
+            return self._finish(pack_forward(self.backbone, pack, self.pooling))
+        assert attention_mask is not None
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self._finish(pool(hidden, attention_mask, self.pooling))
 

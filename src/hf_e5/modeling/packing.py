@@ -1,0 +1,203 @@
+"""Packs: texts of any length laid flat, one after the other, so that no linear layer ever computes on padding.
+
+A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts of
+nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand in the pack once,
+ahead of what follows them in each text (exact for causal attention, where a prefix never sees what comes after it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+# Texts form an attention group down to this share of its longest one: attention alone is computed on the difference.
+GROUP_TIGHTNESS = 0.8
+# An instruction is shared if that saves at least as many tokens per pack; below, another group costs more than it saves.
+MIN_SHARED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of a pack that attention handles together: flat rows `start` to `stop`, each text after the other."""
+
+    start: int
+    stop: int
+    num_texts: int
+    length: int  # of the longest text, without the prefix
+    padded: Tensor | None  # [stop - start] place of each row among num_texts x length; None if all lengths are equal
+    prefix: tuple[int, int] = (0, 0)  # flat rows of the shared prefix, which every text of the group attends to
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One text of a pack (without its shared prefix), or one shared prefix: `length` rows that attend as one."""
+
+    length: int
+    prefix: tuple[int, int]  # flat rows of the prefix that stands before it
+
+
+@dataclass(frozen=True)
+class Pack:
+    """T flat tokens of n texts."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, from 0 in each text
+    segments: tuple[Segment, ...]  # cover the T rows in order
+    groups: tuple[Group, ...]  # the same, for attention by groups
+    texts: Tensor  # [n] int64, which of the caller's texts these are
+    last_rows: Tensor  # [n] int64, row of the last token of each text
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @cached_property
+    def flash_layout(self) -> FlashLayout:
+        return _flash_layout(self)
+
+
+@dataclass(frozen=True)
+class FlashLayout:
+    """The segments as variable-length attention kernels want them."""
+
+    query_offsets: Tensor  # [segments + 1] int32
+    key_offsets: Tensor  # [segments + 1] int32, with the prefix in front of each segment
+    longest_query: int
+    longest_key: int
+    key_rows: Tensor | None  # flat rows in the order of `key_offsets`; None without shared prefixes: as they stand
+
+
+def make_packs(
+    input_ids: Tensor,
+    lengths: Tensor,
+    *,
+    max_tokens: int,
+    prefix_lengths: Tensor | None = None,
+    device: torch.device | None = None,
+) -> list[Pack]:
+    """Sort texts by length and cut them into packs of at most `max_tokens` tokens (a longer text has a pack alone).
+
+    Args:
+        input_ids: [T] int64, the tokens of all texts, one text after the other.
+        lengths: [U] int64, at least 1 each.
+        max_tokens: token budget of a pack, shared prefixes counted once.
+        prefix_lengths: [U] int64, leading tokens that may be shared by texts in which they are equal; less than
+            `lengths`. None or 0: nothing is shared. For causal backbones with last-token pooling only.
+        device: of the packs; that of `input_ids` by default.
+    """
+    device = device or input_ids.device
+    texts = [ids.tolist() for ids in input_ids.cpu().split(lengths.tolist())]
+    prefixes = [()] * len(texts) if prefix_lengths is None else _shared_prefixes(texts, prefix_lengths.tolist())
+    # Longest first, so that a budget that is too large shows at once; equal prefixes stay together.
+    order = sorted(range(len(texts)), key=lambda i: (prefixes[i], -len(texts[i])))
+    return [_pack(texts, prefixes, chosen, device) for chosen in _cut(texts, prefixes, order, max_tokens)]
+
+
+def padding_share(packs: Iterable[Pack]) -> float:
+    """Share of attention's padded positions that are padding; linear layers have none."""
+    padded = sum(group.num_texts * group.length for pack in packs for group in pack.groups)
+    return 1 - sum(pack.num_tokens for pack in packs) / padded
+
+
+def _shared_prefixes(texts: list[list[int]], prefix_lengths: list[int]) -> list[tuple[int, ...]]:
+    """The prefix of each text if it is worth sharing, else ()."""
+    prefixes = [tuple(text[:length]) for text, length in zip(texts, prefix_lengths, strict=True)]
+    counts: dict[tuple[int, ...], int] = {}
+    for prefix in prefixes:
+        counts[prefix] = counts.get(prefix, 0) + 1
+    return [prefix if (counts[prefix] - 1) * len(prefix) >= MIN_SHARED_TOKENS else () for prefix in prefixes]
+
+
+def _cut(
+    texts: list[list[int]], prefixes: Sequence[tuple[int, ...]], order: list[int], max_tokens: int
+) -> Iterator[list[int]]:
+    chosen: list[int] = []
+    num_tokens = 0
+    for text in order:
+        is_new = not chosen or prefixes[chosen[-1]] != prefixes[text]
+        added = len(texts[text]) - (0 if is_new else len(prefixes[text]))
+        if chosen and num_tokens + added > max_tokens:
+            yield chosen
+            chosen, num_tokens, added = [], 0, len(texts[text])
+        chosen.append(text)
+        num_tokens += added
+    yield chosen
+
+
+def _pack(
+    texts: list[list[int]], prefixes: Sequence[tuple[int, ...]], chosen: list[int], device: torch.device
+) -> Pack:
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    groups: list[Group] = []
+    members: list[int] = []  # lengths of the texts of the open group
+    segments: list[Segment] = []
+    last_rows: list[int] = []
+    shared: tuple[int, ...] = ()
+    rows = (0, 0)
+
+    def close() -> None:
+        if members:
+            groups.append(_group(members, len(input_ids), rows, device))
+            members.clear()
+
+    for text in chosen:
+        prefix = prefixes[text]
+        if prefix != shared:
+            close()
+            shared, rows = prefix, (0, 0)
+            if prefix:
+                start = len(input_ids)
+                input_ids += prefix
+                position_ids += range(len(prefix))
+                segments.append(Segment(len(prefix), (0, 0)))
+                groups.append(_group([len(prefix)], len(input_ids), (0, 0), device))
+                rows = (start, len(input_ids))
+        own = texts[text][len(prefix) :]
+        if members and len(own) < GROUP_TIGHTNESS * members[0]:
+            close()
+        members.append(len(own))
+        input_ids += own
+        position_ids += range(len(prefix), len(prefix) + len(own))
+        segments.append(Segment(len(own), rows))
+        last_rows.append(len(input_ids) - 1)
+    close()
+    flat_ids, positions, places, lasts = (
+        torch.tensor(values, device=device) for values in (input_ids, position_ids, chosen, last_rows)
+    )
+    return Pack(flat_ids, positions, tuple(segments), tuple(groups), places, lasts)
+
+
+def _group(lengths: list[int], stop: int, prefix: tuple[int, int], device: torch.device) -> Group:
+    """The group of texts with these `lengths`, longest first, whose last row is before `stop`."""
+    start, num_texts, longest = stop - sum(lengths), len(lengths), lengths[0]
+    padded = None
+    if lengths[-1] < longest:
+        padded = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten().nonzero().flatten().to(device)
+    return Group(start, stop, num_texts, longest, padded, prefix)
+
+
+def _flash_layout(pack: Pack) -> FlashLayout:
+    device = pack.input_ids.device
+    query_lengths = [segment.length for segment in pack.segments]
+    key_lengths = [segment.prefix[1] - segment.prefix[0] + segment.length for segment in pack.segments]
+    query_offsets, key_offsets = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        for lengths in (query_lengths, key_lengths)
+    )
+    key_rows = None
+    if key_lengths != query_lengths:
+        starts = [0, *accumulate(query_lengths)]
+        rows = [
+            row
+            for start, segment in zip(starts, pack.segments, strict=False)
+            for row in (*range(*segment.prefix), *range(start, start + segment.length))
+        ]
+        key_rows = torch.tensor(rows, device=device)
+    return FlashLayout(query_offsets, key_offsets, max(query_lengths), max(key_lengths), key_rows)
