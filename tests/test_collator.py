@@ -47,15 +47,15 @@ def test_tokens_prefix_and_truncation(tokenizer, rows):
     assert rows[0]["query_prefix_length"] == 1 + len(prompt)  # BOS belongs to the prefix
     assert rows[2]["query_ids"] == tokenizer("red")["input_ids"] and rows[2]["query_prefix_length"] == 0
     assert [len(ids) for ids in rows["negative_ids"]] == [1, 0, 2]
-    short = tokenize_dataset(Dataset.from_dict(dict(query=["abcdef"], positive=["ghijkl"])), tokenizer,
-                             query_max_length=5, passage_max_length=4)  # fmt: skip
+    row = Dataset.from_dict({"query": ["abcdef"], "positive": ["ghijkl"]})
+    short = tokenize_dataset(row, tokenizer, query_max_length=5, passage_max_length=4)
     assert len(short[0]["query_ids"]) == 5 and len(short[0]["positive_ids"]) == 4
     assert short[0]["query_ids"][-1] == short[0]["positive_ids"][-1] == tokenizer.eos_token_id
     assert short[0]["negative_ids"] == []
 
 
 def test_prefix_leaves_a_token_to_the_query(tokenizer):
-    row = Dataset.from_dict(dict(instruction=["a long instruction"], query=["x"], positive=["y"]))
+    row = Dataset.from_dict({"instruction": ["a long instruction"], "query": ["x"], "positive": ["y"]})
     tokens = tokenize_dataset(row, tokenizer, query_max_length=6)[0]
     assert tokens["query_prefix_length"] == 5 < len(tokens["query_ids"])
 

@@ -6,6 +6,7 @@ groups of nearly equal length, which torch's own CPU kernel does not come near i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     layout = pack.flash_layout
     if layout.key_rows is not None:
         key, value = key.index_select(0, layout.key_rows), value.index_select(0, layout.key_rows)
-    return varlen_attn(
+    attended = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -80,6 +81,8 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
         window_size=(-1, 0),  # causal, aligned at the last token of query and key
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(attended, Tensor)
+    return attended
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -152,8 +155,8 @@ class _GroupStates:
         prefix = states[slice(*self.group.prefix)].transpose(0, 1)  # [k, P, d]
         return torch.cat([prefix.repeat(self.group.num_texts, 1, 1), own], dim=1)
 
-    def blocks(self):
-        """Yield (rows, probabilities [n * k, r * rows, P + stop], values [n * k, P + stop, d]) per block of queries."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Per block of queries: its rows, probabilities [n * k, r * rows, P + stop], values [n * k, P + stop, d]."""
         length = self.group.length
         size = -(-length // -(-length // BLOCK))
         for start in range(0, length, size):

@@ -1,4 +1,4 @@
-"""The elementwise parts of a decoder layer with hand-written gradients: few passes over memory, nothing kept for later.
+"""The elementwise parts of a decoder layer with hand-written gradients: few passes over memory, nothing kept.
 
 Plain functions over tensors. On CUDA each is compiled into one kernel on first use; on a CPU they run as written.
 """

@@ -1,7 +1,7 @@
 """Linear layers with a frozen weight and a LoRA adapter, several on one input at a time.
 
-The parameters are those of peft's modules, so checkpoints, optimizers and merging know nothing of this. What differs is
-the work: no weight gradients or saved inputs that only they need, no casts of activations to the adapter's fp32, and
+The parameters are those of peft's modules, so checkpoints, optimizers and merging know nothing of this. What differs
+is the work: no weight gradients or saved inputs that only they need, no casts of activations to the adapter's fp32, and
 inputs that two layers share are kept once, or not at all where recomputing them is a single elementwise pass.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -20,12 +21,12 @@ from .elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 
 @dataclass(frozen=True)
 class Projection:
-    """What one linear layer computes: `x W^T + bias + scaling * dropout(x) A^T B^T`; no adapter if `lora_A` is None."""
+    """One linear layer: `x W^T + bias + scaling * dropout(x) A^T B^T`; without an adapter `lora_A` is None."""
 
     weight: Tensor  # [out, in], frozen
     bias: Tensor | None  # [out], frozen
-    lora_A: nn.Parameter | None = None  # [r, in]
-    lora_B: nn.Parameter | None = None  # [out, r]
+    lora_A: Tensor | None = None  # [r, in], trains
+    lora_B: Tensor | None = None  # [out, r], trains
     scaling: float = 1.0
     dropout: float = 0.0
 
@@ -44,7 +45,8 @@ class Projection:
         if base is None or len(names) != 1 or module.lora_variant:
             return None
         name = names[0]
-        adapter, dropout = (module.lora_A[name], module.lora_B[name]), module.lora_dropout[name]
+        adapter: Any = (module.lora_A[name], module.lora_B[name])
+        dropout = module.lora_dropout[name]
         if any(_has_hooks(part) or part.bias is not None or hasattr(part.weight, "ds_id") for part in adapter):
             return None
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

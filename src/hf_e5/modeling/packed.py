@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -26,18 +26,18 @@ PACKABLE = {"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "q
 FUSABLE = {"llama", "mistral", "qwen2"}
 
 
-def supports_packing(backbone: nn.Module, max_length: int) -> bool:
+def supports_packing(backbone: PreTrainedModel | PeftModel, max_length: int) -> bool:
     """Whether `pack_forward` computes what the model defines, for texts of up to `max_length` tokens."""
-    config = backbone.config
+    config: Any = backbone.config
     window = getattr(config, "sliding_window", None)
     return config.model_type in PACKABLE and (window is None or max_length <= window)
 
 
 @contextmanager
-def packed_attention_of(backbone: nn.Module) -> Iterator[None]:
+def packed_attention_of(backbone: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Use the packs' attention inside the block; backward passes that recompute activations must lie inside, too."""
     register()
-    config = backbone.config
+    config: Any = backbone.config
     previous = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -83,9 +83,14 @@ def _fused_layers(decoder: Any) -> list[dict[str, Projection]] | None:
     for layer in decoder.layers:
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         modules = {**layer.self_attn._modules, **layer.mlp._modules}
-        projections = {name: Projection.of(module) for name, module in modules.items() if name.endswith("_proj")}
-        frozen = all(not norm.weight.requires_grad and not hasattr(norm.weight, "ds_id") for norm in norms)
-        if not frozen or any(value is None or value.weight.dtype != dtype for value in projections.values()):
+        projections = {}
+        for name, module in modules.items():
+            if name.endswith("_proj"):
+                projection = Projection.of(module)
+                if projection is None or projection.weight.dtype != dtype:
+                    return None
+                projections[name] = projection
+        if any(norm.weight.requires_grad or hasattr(norm.weight, "ds_id") for norm in norms):
             return None
         layers.append(projections)
     return layers

@@ -1,7 +1,7 @@
 """Packs: texts of any length laid flat, one after the other, so that no linear layer ever computes on padding.
 
-A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts of
-nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand in the pack once,
+A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts
+of nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand in the pack once,
 ahead of what follows them in each text (exact for causal attention, where a prefix never sees what comes after it).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Texts form an attention group down to this share of its longest one: attention alone is computed on the difference.
 GROUP_TIGHTNESS = 0.8
-# An instruction is shared if that saves at least as many tokens per pack; below, another group costs more than it saves.
+# An instruction is shared if that saves at least so many tokens; below, another group costs more than it saves.
 MIN_SHARED_TOKENS = 32
 
 
@@ -80,6 +80,7 @@ def make_packs(
     max_tokens: int,
     prefix_lengths: Tensor | None = None,
     device: torch.device | None = None,
+    texts: Sequence[int] | None = None,
 ) -> list[Pack]:
     """Sort texts by length and cut them into packs of at most `max_tokens` tokens (a longer text has a pack alone).
 
@@ -90,13 +91,14 @@ def make_packs(
         prefix_lengths: [U] int64, leading tokens that may be shared by texts in which they are equal; less than
             `lengths`. None or 0: nothing is shared. For causal backbones with last-token pooling only.
         device: of the packs; that of `input_ids` by default.
+        texts: take only these of the U texts.
     """
     device = device or input_ids.device
-    texts = [ids.tolist() for ids in input_ids.cpu().split(lengths.tolist())]
-    prefixes = [()] * len(texts) if prefix_lengths is None else _shared_prefixes(texts, prefix_lengths.tolist())
+    ids = [text.tolist() for text in input_ids.cpu().split(lengths.tolist())]
+    prefixes = [()] * len(ids) if prefix_lengths is None else _shared_prefixes(ids, prefix_lengths.tolist())
     # Longest first, so that a budget that is too large shows at once; equal prefixes stay together.
-    order = sorted(range(len(texts)), key=lambda i: (prefixes[i], -len(texts[i])))
-    return [_pack(texts, prefixes, chosen, device) for chosen in _cut(texts, prefixes, order, max_tokens)]
+    order = sorted(range(len(ids)) if texts is None else texts, key=lambda i: (prefixes[i], -len(ids[i])))
+    return [_pack(ids, prefixes, chosen, device) for chosen in _cut(ids, prefixes, order, max_tokens)]
 
 
 def padding_share(packs: Iterable[Pack]) -> float:
@@ -119,6 +121,8 @@ def _cut(
 ) -> Iterator[list[int]]:
     chosen: list[int] = []
     num_tokens = 0
+    if not order:
+        return
     for text in order:
         is_new = not chosen or prefixes[chosen[-1]] != prefixes[text]
         added = len(texts[text]) - (0 if is_new else len(prefixes[text]))

@@ -1,18 +1,46 @@
-"""The contrastive step: forward, loss and backward of a batch of any size in bounded memory (GradCache, 2101.06983)."""
+"""The contrastive step: forward, loss and backward of a batch of any size in bounded memory.
+
+GradCache (Gao et al., 2101.06983) splits the backward pass at the embeddings. The loss needs all of them at once but
+little memory; the encoder needs much memory but treats each text alone. So: embed all texts in micro-batches, compute
+the loss and its gradient on the embeddings, then run backward one micro-batch at a time, seeded with that gradient. The
+sum of these backward passes is exactly the gradient of the whole batch.
+
+What this version does differently from others is described in docs/contrastive_step.md: micro-batches are packs free of
+padding, and the graphs of as many of them as memory allows are kept instead of computed a second time.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..modeling.encoder import E5Model
+from ..modeling.packed import packed_attention_of
+from ..modeling.packing import Pack
+from .memory import free_memory, graph_bytes
+from .micro_batches import MicroBatch, make_micro_batches
 from .objective import ContrastiveObjective
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+logger = logging.getLogger(__name__)
+
+# A forward without a graph needs little memory: on an accelerator its micro-batches are this much larger.
+FORWARD_ONLY_FACTOR = 4
+# Share of the free memory that "auto" gives to kept graphs; the rest is for the backward pass and the optimizer.
+KEEP_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,9 @@ class StepOutput:
 class ContrastiveStep:
     """Forward and backward of one contrastive batch.
 
+    Exact for one process, DDP and DeepSpeed ZeRO-1, 2 and 3, with any number of rows per process, with dropout, in any
+    precision (docs/contrastive_step.md has the measured errors).
+
     Args:
         model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP or DeepSpeed engine).
         args: [`~hf_e5.E5TrainingArguments`].
@@ -34,6 +65,7 @@ class ContrastiveStep:
 
     def __init__(self, model: nn.Module, args: Any, accelerator: Accelerator):
         self.model, self.args, self.accelerator = model, args, accelerator
+        self.encoder: E5Model = accelerator.unwrap_model(model)
         self.objective = ContrastiveObjective(
             temperature=args.temperature,
             gather_across_devices=args.gather_across_devices,
@@ -41,6 +73,8 @@ class ContrastiveStep:
             false_negative_margin=args.false_negative_margin,
             matryoshka_dims=args.matryoshka_dims,
         )
+        self._keep_tokens: int | None = None if args.keep_graph_num_tokens == "auto" else args.keep_graph_num_tokens
+        self._is_logged = False
 
     def __call__(self, batch: dict[str, Tensor], *, loss_scale: float = 1.0) -> StepOutput:
         """Add the gradients of `loss_scale` x loss to the parameters.
@@ -49,22 +83,159 @@ class ContrastiveStep:
             batch: of [`~hf_e5.E5DataCollator`], on the model's device.
             loss_scale: 1 / gradient accumulation steps. The reported loss is not scaled.
         """
-        embeddings = self._embed(batch)
-        output = self.objective(embeddings.detach(), batch)
-        surrogate = (embeddings * (output.grad * loss_scale)).sum()
-        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == "DEEPSPEED" else {}
-        self.accelerator.backward(surrogate, **options)
+        plan = self._plan(batch)
+        # Activation checkpointing looks up the attention function again in the backward pass: hence around everything.
+        is_packed = isinstance(plan.kept[0], Pack)
+        with packed_attention_of(self.encoder.backbone) if is_packed else nullcontext():
+            embeddings, graphs, rng_states = self._forward(plan, num_texts=len(batch["lengths"]))
+            output = self.objective(embeddings, batch)
+            self._backward(plan, output.grad * loss_scale, graphs, rng_states)
         return StepOutput(output.loss, output.statistics)
 
-    @torch.no_grad()
-    def evaluate(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Loss and statistics of a batch, without backward."""
-        output = self.objective(self._embed(batch), batch)
-        return StepOutput(output.loss, output.statistics)
+    def _plan(self, batch: dict[str, Tensor]) -> _Plan:
+        """Cut the batch into micro-batches and decide which graphs to keep: alike on every process."""
+        budget = self.args.mini_batch_num_tokens
+        micro_batches = make_micro_batches(self.encoder, batch, budget)
+        if self._keep_tokens is None:
+            self._keep_tokens = self._affordable_tokens(micro_batches[0])
+        tokens = 0
+        num_kept = 0
+        for micro_batch in micro_batches:
+            tokens += micro_batch.num_tokens
+            num_kept += tokens <= self._keep_tokens
+        # One graph at a time is needed anyway, so the first one is never computed twice.
+        num_kept = max(num_kept, 1)
+        num_micro_batches, num_kept = self._agree(len(micro_batches), num_kept)
+        micro_batches = _fill(micro_batches, num_micro_batches)
+        kept, recomputed = micro_batches[:num_kept], micro_batches[num_kept:]
+        forward_only = recomputed
+        if recomputed and self.accelerator.device.type != "cpu" and not self._has_dropout():
+            # Without dropout both passes need not be cut alike.
+            texts = torch.cat([micro_batch.texts for micro_batch in recomputed]).tolist()
+            forward_only = make_micro_batches(self.encoder, batch, budget * FORWARD_ONLY_FACTOR, texts)
+            forward_only = forward_only or recomputed[:1]  # nothing but fillers
+            forward_only = _fill(forward_only, self._agree(len(forward_only), 0)[0])
+        plan = _Plan(kept, recomputed, forward_only)
+        if not self._is_logged:
+            logger.info("contrastive step: %s", plan)
+            self._is_logged = True
+        return plan
 
-    def _embed(self, batch: dict[str, Tensor]) -> Tensor:
-        lengths = batch["lengths"]
-        attention_mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        input_ids = torch.zeros_like(attention_mask, dtype=torch.int64)
-        input_ids[attention_mask] = batch["input_ids"]
-        return self.model(input_ids, attention_mask.long())
+    def _affordable_tokens(self, micro_batch: MicroBatch) -> int:
+        """How many tokens' graphs fit the free memory, from the graph of one micro-batch."""
+        with self._no_sync(), torch.random.fork_rng():
+            num_bytes = graph_bytes(lambda: self._embed(micro_batch), self.encoder)
+        per_token = max(num_bytes / micro_batch.num_tokens, 1)
+        return int(KEEP_SHARE * free_memory(self.accelerator.device) / per_token)
+
+    def _forward(self, plan: _Plan, num_texts: int) -> tuple[Tensor, list[Tensor], list[_RandomState]]:
+        """Embed all texts: [num_texts, D] fp32 detached, the kept graphs' outputs, the random states of the others."""
+        graphs: list[Tensor] = []
+        rng_states: list[_RandomState] = []
+        outputs: list[Tensor] = []
+        # DDP arms its reduction in the forward pass, so only a pass whose backward is the step's last may synchronise.
+        with self._no_sync() if plan.recomputed else nullcontext():
+            graphs = [self._embed(micro_batch) for micro_batch in plan.kept]
+            with torch.no_grad():
+                for micro_batch in plan.forward_only:
+                    rng_states.append(_RandomState(self.accelerator.device))
+                    outputs.append(self._embed(micro_batch))
+        embeddings = graphs[0].new_empty(num_texts, graphs[0].shape[1])
+        for micro_batch, output in zip([*plan.kept, *plan.forward_only], [*graphs, *outputs], strict=True):
+            embeddings[micro_batch.texts] = output.detach()
+        return embeddings, graphs, rng_states
+
+    def _backward(self, plan: _Plan, grad: Tensor, graphs: list[Tensor], rng_states: list[_RandomState]) -> None:
+        """Run backward with the gradient on the embeddings [num_texts, D] as seed: first to free the kept graphs."""
+        kept_texts = torch.cat([micro_batch.texts for micro_batch in plan.kept])
+        surrogate = (torch.cat(graphs) * grad[kept_texts]).sum()
+        graphs.clear()
+        self._accelerated_backward(surrogate, is_last=not plan.recomputed)
+        del surrogate
+        for position, micro_batch in enumerate(plan.recomputed):
+            is_last = position == len(plan.recomputed) - 1
+            with nullcontext() if is_last else self._no_sync():
+                replay = rng_states[position].replay() if self._has_dropout() else nullcontext()
+                with replay:
+                    output = self._embed(micro_batch)
+                self._accelerated_backward((output * grad[micro_batch.texts]).sum(), is_last)
+
+    def _embed(self, micro_batch: MicroBatch) -> Tensor:
+        """[n, D] fp32 through the prepared model, which owns autocast, DDP's hooks and ZeRO's gathers."""
+        if isinstance(micro_batch, Pack):
+            output = self.model(pack=micro_batch)
+        else:
+            output = self.model(micro_batch.input_ids, micro_batch.attention_mask)
+        return output[: len(micro_batch.texts)]  # a filler embeds a text that nobody asked for
+
+    def _accelerated_backward(self, surrogate: Tensor, is_last: bool) -> None:
+        """`accelerator.backward`; DeepSpeed reduces and steps only at the last one of a synchronising step."""
+        state = self.accelerator.gradient_state
+        synchronises = self.accelerator.sync_gradients
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        state._set_sync_gradients(synchronises and is_last)
+        try:
+            self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+        finally:
+            state._set_sync_gradients(synchronises)
+
+    def _no_sync(self) -> AbstractContextManager:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _has_dropout(self) -> bool:
+        config = self.encoder.config
+        rates = [getattr(config, name, 0.0) or 0.0 for name in ("attention_dropout", "attention_probs_dropout_prob")]
+        rates += [module.p for module in self.encoder.modules() if isinstance(module, nn.Dropout)]
+        return self.encoder.training and any(rates)
+
+    def _agree(self, largest: int, smallest: int) -> tuple[int, int]:
+        """The largest and the smallest of these counts over all processes.
+
+        Gathers of ZeRO-3 and broadcasts of DDP happen per forward pass: every process must make equally many.
+        """
+        if self.accelerator.num_processes == 1:
+            return largest, smallest
+        counts = torch.tensor([largest, -smallest], device=self.accelerator.device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+        return int(counts[0]), -int(counts[1])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Micro-batches whose graphs are kept, and those embedded without a graph first and with one later."""
+
+    kept: list[MicroBatch]
+    recomputed: list[MicroBatch]
+    forward_only: list[MicroBatch]  # the texts of `recomputed`, possibly in fewer and larger micro-batches
+
+    def __str__(self) -> str:
+        kept, recomputed = (sum(batch.num_tokens for batch in part) for part in (self.kept, self.recomputed))
+        return (
+            f"{kept + recomputed} tokens in {len(self.kept) + len(self.recomputed)} micro-batches, "
+            f"{'packed without padding' if isinstance(self.kept[0], Pack) else 'padded'}; "
+            f"{recomputed / (kept + recomputed):.0%} of them are encoded twice for lack of memory"
+        )
+
+
+class _RandomState:
+    """The generators' state before a forward pass, so that dropout draws the same masks when it is repeated."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self.device] if self.cuda is not None else []):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+def _fill(micro_batches: list[MicroBatch], count: int) -> list[MicroBatch]:
+    """Append fillers up to `count`: the smallest micro-batch again, of which no text is taken."""
+    smallest = min(micro_batches, key=lambda micro_batch: micro_batch.num_tokens)
+    filler = replace(smallest, texts=smallest.texts[:0])
+    return [*micro_batches, *[filler] * (count - len(micro_batches))]

@@ -143,8 +143,8 @@ def matryoshka_info_nce(
     """
     if not dims or min(dims) < 1 or max(dims) > queries.shape[1]:
         raise ValueError(f"matryoshka dims must lie in 1..{queries.shape[1]}, got {list(dims)}")
-    loss, grad_queries, grad_documents = 0.0, torch.zeros_like(queries), torch.zeros_like(documents)
-    output = None
+    grad_queries, grad_documents = torch.zeros_like(queries), torch.zeros_like(documents)
+    loss = queries.new_zeros(())
     for dim in sorted(dims):
         (query, to_queries), (document, to_documents) = _cut(queries, dim), _cut(documents, dim)
         output = info_nce(query, document, positives, **kwargs)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .losses import info_nce, matryoshka_info_nce
+from .losses import InfoNCEOutput, Mask, info_nce, matryoshka_info_nce
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class ObjectiveOutput:
 class ContrastiveObjective:
     """InfoNCE between the queries of a batch and the documents of all processes.
 
-    Averaging the parameter gradients over the processes, as DDP, DeepSpeed and FSDP do, yields the gradient of the mean
-    over all queries of the step: W processes with B rows each give the gradient of one process with W x B rows. For
-    that, each process weighs its mean by its share of the rows (1 unless the last batch is uneven).
+    Averaging the parameter gradients over the processes, as DDP and DeepSpeed do, yields the gradient of the mean over
+    all queries of the step: W processes with B rows each give the gradient of one process with W x B rows. For that,
+    each process weighs its mean by its share of the rows (1 unless the last batch is uneven).
 
-    `mask_duplicates`: the documents of a step form a set; a text that several rows hold counts once, and is no negative
-    for any query that has it as a positive in some row. Without it every occurrence counts, as in the plain loss.
+    `mask_duplicates`: the documents of a step form a set; a text that several rows hold counts once, and is a negative
+    for no query that has it as its positive in some row. Without it every occurrence counts, as in the plain loss.
     The other fields are those of [`~hf_e5.E5TrainingArguments`].
     """
 
@@ -58,15 +59,16 @@ class ContrastiveObjective:
         gathered = _gather(
             local_documents, hashes[document_index], hashes[rows], positives, across=self.gather_across_devices
         )
-        positives, mask = gathered.positives, None
+        positives = gathered.positives
+        mask: Mask | None = None
         if self.mask_duplicates:
             positives, mask = gathered.mask_duplicates(hashes[rows])
         elif not gathered.valid_documents.all():
             mask = ~gathered.valid_documents[None]
 
-        loss_function, options = info_nce, {}
+        loss_function: Callable[..., InfoNCEOutput] = info_nce
         if self.matryoshka_dims:
-            loss_function, options = matryoshka_info_nce, {"dims": self.matryoshka_dims}
+            loss_function = partial(matryoshka_info_nce, dims=self.matryoshka_dims)
         output = loss_function(
             queries,
             gathered.documents,
@@ -74,7 +76,6 @@ class ContrastiveObjective:
             temperature=self.temperature,
             mask=mask,
             false_negative_margin=self.false_negative_margin,
-            **options,
         )
         grad = torch.zeros_like(embeddings, dtype=output.grad_queries.dtype)
         grad.index_add_(0, rows, output.grad_queries * gathered.weight)

@@ -1,0 +1,243 @@
+"""The step against plain autograd: one joint backward of a padded forward in float64 (invariant 3)."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import LoraConfig
+
+from hf_e5.data.collator import E5DataCollator
+from hf_e5.modeling import packed
+from hf_e5.modeling.encoder import E5Model
+from hf_e5.training.gradcache import ContrastiveStep
+
+
+def make_model(checkpoint, *, use_peft=True, dropout=0.0, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
+    )
+    model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=config if use_peft else None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def make_rows(count, *, seed=0, longest=60, instructions=3):
+    """Rows of random tokens with shared instructions, texts that repeat, one-token texts, 0 to 2 negatives."""
+    generator = random.Random(seed)
+
+    def text(low=1):
+        return [generator.randrange(2, 500) for _ in range(generator.randint(low, longest))]
+
+    prompts = [[0, *text(8)][:20] for _ in range(instructions)]
+    documents = [text() for _ in range(2 * count)]  # drawn with replacement: some stand in several rows
+    rows = []
+    for number in range(count):
+        prompt = prompts[number % instructions]
+        rows.append(
+            {
+                "query_ids": prompt + text(),
+                "query_prefix_length": len(prompt),
+                "positive_ids": generator.choice(documents),
+                "negative_ids": [generator.choice(documents) for _ in range(number % 3)],
+            }
+        )
+    rows.append({**rows[0], "positive_ids": [7]})  # the first query again, with another positive of one token
+    return rows
+
+
+def arguments(**changes):
+    defaults = {
+        "temperature": 0.05,
+        "mini_batch_num_tokens": 150,
+        "keep_graph_num_tokens": 0,
+        "gather_across_devices": True,
+        "mask_duplicates": True,
+        "false_negative_margin": None,
+        "matryoshka_dims": None,
+    }
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+def run_step(model, batch, **changes):
+    model.zero_grad()
+    output = ContrastiveStep(model, arguments(**changes), Accelerator(cpu=True))(batch)
+    return output, {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def reference(model, rows, mask_duplicates=True, temperature=0.05):
+    """Every text of every row in one padded float64 forward, explicit masks, one backward."""
+    model.zero_grad()
+    dtype = model.dtype
+    model.backbone.double()
+    texts = [row["query_ids"] for row in rows] + [row["positive_ids"] for row in rows]
+    texts += [ids for row in rows for ids in row["negative_ids"]]
+    batch = model.pad(texts)
+    hidden = model.backbone(**batch).last_hidden_state
+    places = torch.arange(hidden.shape[1]).expand(len(texts), -1)
+    last = places.masked_fill(batch["attention_mask"] == 0, -1).amax(1)
+    vectors = F.normalize(hidden[torch.arange(len(texts)), last], dim=-1)
+    queries, documents, document_texts = vectors[: len(rows)], vectors[len(rows) :], texts[len(rows) :]
+    logits = queries @ documents.T / temperature
+    if mask_duplicates:
+        positives = {}
+        for row in rows:
+            positives.setdefault(tuple(row["query_ids"]), []).append(row["positive_ids"])
+        for i, row in enumerate(rows):
+            for j, ids in enumerate(document_texts):
+                repeats = document_texts.index(ids) != j and ids != row["positive_ids"]
+                is_positive = ids in positives[tuple(row["query_ids"])]
+                if i != j and (repeats or is_positive):
+                    logits[i, j] = -torch.inf
+    loss = F.cross_entropy(logits, torch.arange(len(rows)))
+    loss.backward()
+    grads = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+    model.to(dtype).zero_grad()
+    return loss.item(), grads
+
+
+def relative_error(grads, expected):
+    return max(((grads[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return make_model(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("keep", [0, 300, "auto"], ids=["recompute", "keep some", "keep all"])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_step_equals_joint_backward(model, keep, mask_duplicates):
+    rows = make_rows(11)
+    loss, expected = reference(model, rows, mask_duplicates)
+    output, grads = run_step(
+        model, E5DataCollator()(rows), keep_graph_num_tokens=keep, mask_duplicates=mask_duplicates
+    )
+    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert relative_error(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("path", ["transformers' modules", "padded"])
+def test_other_paths_equal_joint_backward(model, monkeypatch, path, padding_side):
+    """Backbones that the fused layers do not know run packed through their own modules; encoders run padded."""
+    monkeypatch.setattr(packed, "FUSABLE", set())
+    if path == "padded":
+        monkeypatch.setattr(packed, "PACKABLE", set())
+    monkeypatch.setattr(model.tokenizer, "padding_side", padding_side)
+    rows = make_rows(7)
+    loss, expected = reference(model, rows)
+    output, grads = run_step(model, E5DataCollator()(rows))
+    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert relative_error(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first"])
+def test_other_poolings_equal_the_padded_forward(model, monkeypatch, pooling):
+    monkeypatch.setattr(model, "pooling", pooling)
+    batch = E5DataCollator()(make_rows(5))
+    output, grads = run_step(model, batch)
+    monkeypatch.setattr(packed, "PACKABLE", set())
+    expected_output, expected = run_step(model, batch)
+    assert output.loss.item() == pytest.approx(expected_output.loss.item(), rel=1e-5)
+    for name, value in expected.items():
+        # With `first` the first token sees itself alone: queries and keys have no gradient at all.
+        torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_full_fine_tuning_equals_joint_backward(tiny_checkpoint):
+    model = make_model(tiny_checkpoint, use_peft=False)
+    rows = make_rows(7)
+    _, expected = reference(model, rows)
+    _, grads = run_step(model, E5DataCollator()(rows))
+    assert relative_error(grads, expected) < 1e-5
+
+
+def test_activation_checkpointing_changes_nothing(tiny_checkpoint):
+    model, batch = make_model(tiny_checkpoint), E5DataCollator()(make_rows(7))
+    _, expected = run_step(model, batch)
+    model.activation_checkpointing_enable()
+    _, grads = run_step(model, batch)
+    assert relative_error(grads, expected) < 1e-6
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_dropout_is_replayed(tiny_checkpoint, monkeypatch, is_fused):
+    """Recomputing draws the masks of the first pass: the gradient is that of kept graphs, and differs by seed."""
+    if not is_fused:
+        monkeypatch.setattr(packed, "FUSABLE", set())
+    model, batch = make_model(tiny_checkpoint, dropout=0.3), E5DataCollator()(make_rows(7))
+    results = []
+    for seed, keep in [(1, 10**9), (1, 0), (2, 0)]:
+        torch.manual_seed(seed)
+        results.append(run_step(model, batch, keep_graph_num_tokens=keep)[1])
+    assert relative_error(results[1], results[0]) < 1e-6
+    assert relative_error(results[2], results[0]) > 1e-2
+
+
+def test_dropout_gradient_is_the_derivative_of_the_loss(tiny_checkpoint):
+    """With the seed fixed the step is a function: its gradient along a direction equals a finite difference."""
+    model, batch = make_model(tiny_checkpoint, dropout=0.3), E5DataCollator()(make_rows(5))
+
+    def loss_and_grads():
+        torch.manual_seed(3)
+        output, grads = run_step(model, batch, temperature=0.5)
+        return output.loss.item(), grads
+
+    _, grads = loss_and_grads()
+    norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
+    values = []
+    for step in (1e-2, -1e-2):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in grads:
+                    parameter.add_(grads[name] / norm, alpha=step)
+        values.append(loss_and_grads()[0])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in grads:
+                    parameter.sub_(grads[name] / norm, alpha=step)
+    assert (values[0] - values[1]) / 2e-2 == pytest.approx(norm.item(), rel=1e-2)
+
+
+def test_bf16_stays_close(tiny_checkpoint):
+    """bf16 weights and activations: a direction within a few degrees of the float64 gradient."""
+    model, rows = make_model(tiny_checkpoint, dtype=torch.bfloat16), make_rows(11)
+    _, grads = run_step(model, E5DataCollator()(rows))
+    _, expected = reference(model, rows)
+    flat, expected_flat = (torch.cat([value.flatten().double() for value in g.values()]) for g in (grads, expected))
+    assert torch.cosine_similarity(flat, expected_flat, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("rows", [make_rows(1)[:1], [{"query_ids": [3], "positive_ids": [4], "negative_ids": [[5]]}]])
+def test_one_row_and_one_token(model, rows):
+    loss, expected = reference(model, rows)
+    output, grads = run_step(model, E5DataCollator()(rows))
+    assert output.loss.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(grads[name].double(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_scale_and_accumulation(model):
+    first, second = E5DataCollator()(make_rows(4)), E5DataCollator()(make_rows(4, seed=1))
+    (_, grads_first), (_, grads_second) = run_step(model, first), run_step(model, second)
+    model.zero_grad()
+    step = ContrastiveStep(model, arguments(), Accelerator(cpu=True))
+    for batch in (first, second):
+        step(batch, loss_scale=0.5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, (grads_first[name] + grads_second[name]) / 2)
+
+
+def test_statistics(model):
+    output, _ = run_step(model, E5DataCollator()(make_rows(6)))
+    values = {name: value.item() for name, value in output.statistics.items()}
+    assert 0 <= values["accuracy"] <= values["mrr"] <= 1
+    assert all(-1 <= values[f"{kind}_similarity"] <= 1 for kind in ("positive", "negative", "hard_negative"))
+    assert 0 < values["num_negatives"] < 18
