@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),
     "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
+    "train": ("hf_e5.training.command", "fine-tune a model in this process (several GPUs: recipes/train_mistral.py)"),
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
     "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
     "push": ("hf_e5.export.hub", "put a dataset or model folder on the Hub"),

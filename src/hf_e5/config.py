@@ -40,8 +40,12 @@ def parse_config(types: tuple[Any, ...], argv: list[str] | None = None) -> tuple
         for action in parser._actions:
             action.required = action.required and action.default in (None, dataclasses.MISSING)
         del argv[at : at + 2]
-    # the last entry only holds --config, which is dealt with
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[: len(types)]
+    *filled, unknown = parser.parse_args_into_dataclasses(
+        args=argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise InputError(f"no option is called {unknown[0]!r}; --help lists them all")
+    return tuple(filled[: len(types)])  # what else is there only holds --config, which is dealt with
 
 
 def _read(path: str, known: set[str]) -> dict[str, Any]:
