@@ -99,7 +99,7 @@ def test_full_fine_tuning_with_checkpointing_and_accumulation(tiny_checkpoint, r
     model = E5Model.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
     args = arguments(
-        tmp_path, max_steps=2, learning_rate=1e-3, activation_checkpointing=True, gradient_accumulation_steps=2
+        tmp_path, max_steps=2, learning_rate=1e-3, gradient_checkpointing=True, gradient_accumulation_steps=2
     )
     assert "adds no negatives" in caplog.text
     E5Trainer(model, args, train_dataset=rows).train()

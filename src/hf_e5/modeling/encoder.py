@@ -233,18 +233,28 @@ class E5Model(nn.Module):
         """Recompute activations in the backward pass.
 
         Always non-reentrant, the form that works with frozen inputs, DDP and ZeRO; the inputs are made to require
-        gradients all the same, so that a LoRA layer below the first checkpoint never goes untrained.
+        gradients all the same, so that a LoRA layer below the first checkpoint never goes untrained. `options` as in
+        transformers: `every_n_layers`, `offload`.
         """
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.backbone.enable_input_require_grads()
-        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        if hasattr(self.backbone, "activation_checkpointing_enable"):
+            self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        else:  # transformers < 5.23 has it under the older name only
+            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
-    def activation_checkpointing_disable(self) -> None:
-        self.backbone.activation_checkpointing_disable()
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """The name by which transformers < 5.23 asks for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return self.backbone.is_activation_checkpointing
+        """Whether activations are recomputed."""
+        backbone = self.backbone
+        name = "is_activation_checkpointing"
+        return bool(getattr(backbone, name) if hasattr(backbone, name) else backbone.is_gradient_checkpointing)
+
+    is_gradient_checkpointing = is_activation_checkpointing
 
     def save_pretrained(self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the adapter (or the full weights), the tokenizer and `e5_config.json` into folder `path`.
