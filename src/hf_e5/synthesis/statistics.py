@@ -140,10 +140,8 @@ def read_usage(path: Path, records: int) -> dict[str, Any] | None:
             usage["completion_tokens"] += answer.get("completion_tokens") or 0
             if answer.get("error"):
                 errors[str(answer["error"]).partition(":")[0]] += 1
-            if answer.get("cost") is not None:
-                usage["cost"] += answer["cost"]
-            elif usage["prompt_tokens"]:
-                usage["cost"] = None
+            if usage["cost"] is not None and answer.get("prompt_tokens"):
+                usage["cost"] = None if answer.get("cost") is None else usage["cost"] + answer["cost"]
     costs = [usage["cost"] for usage in models.values()]
     tokens = sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in models.values())
     return {

@@ -198,6 +198,7 @@ function showTab(name) {
     byId(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
     byId(`tab-${tab}`).tabIndex = tab === name ? 0 : -1;
   }
+  history.replaceState(null, "", `#${name}`);
 }
 
 function onKey(event) {
@@ -250,3 +251,4 @@ document.addEventListener("keydown", onKey);
 
 fillFacets();
 showPage();
+if (location.hash === "#overview") showTab("overview");
