@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
 
 from websockets.sync.client import connect
 
 
-EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --remote-debugging-port=0 about:blank"
@@ -27,27 +26,28 @@ class Chromium:
         messages: console errors, uncaught exceptions and requests that left the file, as the browser reported them.
     """
 
-    def __init__(self, profile: Path, size: tuple[int, int] = (1400, 900)) -> None:
-        command = [EXECUTABLE, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", *_FLAGS]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.messages: list[str] = []
+    def __init__(self, executable: str, profile: Path, size: tuple[int, int] = (1400, 900)) -> None:
+        self._command = [executable, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", *_FLAGS]
+        self._port_file = profile / "DevToolsActivePort"
+        self._stack = ExitStack()
         self._number = 0
-        try:
-            port = self._wait_for(lambda: (profile / "DevToolsActivePort").read_text().splitlines()[0])
-            self._socket = connect(self._wait_for(lambda: self._page_url(port)), max_size=None)
-        except BaseException:
-            self._process.kill()
-            raise
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self.messages: list[str] = []
 
     def __enter__(self) -> Chromium:
+        with self._stack:  # ends the process if the start fails half-way
+            process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._stack.callback(process.wait, 20)
+            self._stack.callback(process.terminate)
+            port = self._wait_for(lambda: self._port_file.read_text().splitlines()[0])
+            url = self._wait_for(lambda: self._page_url(port))
+            self._socket = self._stack.enter_context(connect(url, max_size=None))
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._socket.close()
-        self._process.terminate()
-        self._process.wait(20)
+        self._stack.close()
 
     @staticmethod
     def _page_url(port: str) -> str:

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,12 @@ def tiny_checkpoint(tmp_path_factory, sample_rows) -> Path:
     MistralModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+# Pages are tested in a real browser where there is one; elsewhere those tests are left out, and the header says so.
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+collect_ignore = [] if BROWSER else ["test_report_page.py"]
+
+
+def pytest_report_header() -> str:
+    return f"browser: {BROWSER}" if BROWSER else "browser: none found, tests/test_report_page.py is left out"

@@ -1,7 +1,7 @@
 """Contamination: texts of test sets that stand in the training data (paper, appendix B).
 
-Two texts are the same if they are equal once case and spacing are ignored. As in the paper, equal texts that say little
-("yes", a label, a name) are told apart from the rest: they are counted as low-entropy overlap and not as contamination.
+Two texts are the same if they are equal once case and spacing are ignored. As in the paper, equal texts that say
+little ("yes", a label, a name) are told apart from the rest: they count as low-entropy overlap, not as contamination.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def check_contamination(
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Stream every text of a file: each line of .txt, each string (also in lists) of .jsonl, .json, .csv, .tsv, .parquet.
+    """Stream every text of a file: each line of .txt, each string of .jsonl, .json, .csv, .tsv and .parquet.
+
+    Strings inside lists and objects count too.
 
     Raises:
         InputError: the file cannot be read as what its name says.

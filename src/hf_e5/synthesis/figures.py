@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import cos, radians, sin
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from ..errors import InputError
 from .languages import load_languages
@@ -73,7 +75,7 @@ def _donut(axes, shares: list[tuple[str, int]], title: str, total: int) -> None:
     from matplotlib import colormaps
 
     if title == "Task types":
-        colors = [_TASK_COLORS.get(name, _OTHER_COLOR) for name, _ in shares]
+        colors: list[Any] = [_TASK_COLORS.get(name, _OTHER_COLOR) for name, _ in shares]
     else:
         ramp = colormaps["viridis"]
         colors = [ramp(0.12 + 0.76 * position / max(len(shares) - 1, 1)) for position in range(len(shares))]
@@ -99,7 +101,7 @@ def _label(axes, wedges, shares: list[tuple[str, int]], total: int) -> None:
     sides: dict[int, list[list]] = {1: [], -1: []}
     for wedge, (name, count) in zip(wedges, shares, strict=True):
         angle = radians((wedge.theta1 + wedge.theta2) / 2)
-        text = f"{name}  {count / max(total, 1):.1%}"
+        text = f"{shorten(name, 24)}  {count / max(total, 1):.1%}"
         sides[1 if cos(angle) >= 0 else -1].append([sin(angle) * 1.12, angle, text])
     for side, labels in sides.items():
         labels.sort(key=lambda label: -label[0])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -118,6 +117,8 @@ def filter_records(
 
 # A verdict is None (kept so far) or (filter, reason).
 Verdicts = list[tuple[str, str] | None]
+# Verdicts of all rows of a chunk; ids, keys and signatures of those that are kept.
+_Judged = tuple[Verdicts, list[str], list[bytes], np.ndarray]
 
 
 class _Duplicates:
@@ -168,11 +169,13 @@ def _judge_files(
     tasks = [task for path in (*earlier, source) for task in _chunks(path, filtered=path is source)]
     processes = min(num_proc or os.cpu_count() or 1, len(tasks))
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=sum(stop - start for _, start, stop, _ in tasks), unit="B", unit_scale=True))
+        bar = stack.enter_context(
+            tqdm(total=sum(stop - start for _, start, stop, _ in tasks), unit="B", unit_scale=True)
+        )
         bar.set_description("filtering")
         if processes > 1:
             pool = stack.enter_context(Pool(processes, _initialize, (settings, skipped)))
-            results = pool.imap(_judge_chunk, tasks)
+            results: Iterator[_Judged] = pool.imap(_judge_chunk, tasks)
         else:
             _initialize(settings, skipped)
             results = map(_judge_chunk, tasks)
@@ -202,7 +205,7 @@ def _initialize(settings: FilterSettings, skipped: frozenset[str]) -> None:
     _worker.update(settings=settings, skipped=skipped)
 
 
-def _judge_chunk(task: tuple[Path, int, int, bool]) -> tuple[Verdicts, list[str], list[bytes], np.ndarray]:
+def _judge_chunk(task: tuple[Path, int, int, bool]) -> _Judged:
     """Return the verdicts of all rows of a byte range, and ids, keys and signatures of those that are kept."""
     path, start, stop, filtered = task
     verdicts: Verdicts = []
@@ -286,7 +289,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run, with records.jsonl")
     parser.add_argument("--against", metavar="FILE", nargs="+", default=[], help="records of earlier runs")
     parser.add_argument(
-        "--test_sets", metavar="PATH", nargs="+", default=[], help="files or folders whose texts must not be trained on"
+        "--test_sets",
+        metavar="PATH",
+        nargs="+",
+        default=[],
+        help="files or folders of texts that training must not see",
     )
     parser.add_argument("--near_duplicate_threshold", type=float, default=NEAR_DUPLICATE_THRESHOLD)
     parser.add_argument("--embedding_model", metavar="NAME", help="SentenceTransformer that checks the negatives")

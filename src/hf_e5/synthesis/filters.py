@@ -129,7 +129,9 @@ def label_in_text(record: Record, settings: FilterSettings) -> str | None:
     text, label = _fold(record["query"]), _fold(record["positive"])
     if label not in text:
         return None
-    if _UNSPACED.search(label) or re.search(rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])", text):
+    if _UNSPACED.search(label) or re.search(
+        rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])", text
+    ):
         return f"the text contains its label {record['positive']!r}"
     return None
 

@@ -19,6 +19,11 @@ MIN_LETTER_BYTES = 40
 MAX_CHARACTERS = 300
 MIN_PROBABILITY = 0.02
 
+# Code is in no language: a German answer may well be a Python function. Texts with more than this share of such
+# characters are not judged either.
+CODE_CHARACTERS = frozenset("{}[]()<>=;_#\\|&$+`@*/")
+MAX_CODE_SHARE = 0.03
+
 # Languages whose texts also pass as another one: standards of one language, mutually readable neighbours, other codes
 # for the same language, and stand-ins for the languages that the model does not know (sd, su, yi).
 LOOKS_LIKE = {
@@ -53,17 +58,21 @@ def _identifier():
 def detect_other_language(text: str, language: str) -> tuple[str, float] | None:
     """Return (code of the language found, probability of `language`) if `text` is surely not in `language`.
 
-    None also stands for "cannot tell": a text that is too short, or a language unknown to the model.
+    None also stands for "cannot tell": a text that is too short or looks like code, or a language that the model does
+    not know.
 
     Args:
         language: ISO 639 code, such as `pt`; a region or script (`pt-BR`) is ignored.
     """
-    letters = "".join(filter(str.isalpha, text[:MAX_CHARACTERS]))
+    text = text[:MAX_CHARACTERS]
+    letters = "".join(filter(str.isalpha, text))
     if len(letters.encode(errors="ignore")) < MIN_LETTER_BYTES:
+        return None
+    if sum(map(CODE_CHARACTERS.__contains__, text)) > MAX_CODE_SHARE * len(text):
         return None
     language = language.partition("-")[0]
     accepted = (language, *LOOKS_LIKE.get(language, ()))
-    ranking = _identifier().rank(text[:MAX_CHARACTERS])
+    ranking = _identifier().rank(text)
     if not any(code in accepted for code, _ in ranking):
         return None
     probability = float(sum(share for code, share in ranking if code in accepted))

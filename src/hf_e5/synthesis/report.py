@@ -70,6 +70,7 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
     if filtered:
         report["filters"] = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
         report["dropped_by_task_type"] = _nested(losses)
+    report["near_duplicate_rate"] = _near_duplicate_rate(report.get("filters"))
     report["margins"] = read_margins(directory / MARGINS_FILE)
     report["usage"] = read_usage(directory / ANSWERS_FILE, statistics.records)
     records = kept.rows() + dropped.rows()
@@ -88,7 +89,9 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
             records=records,
         )
         (temporary / "index.html").write_text(page, encoding="utf-8")
-        (temporary / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / "report.json").write_text(
+            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
@@ -99,6 +102,14 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
 
 def _progress(path: Path):
     return tqdm(read_rows(path), desc=path.name, unit=" records")
+
+
+def _near_duplicate_rate(filters: dict[str, Any] | None) -> float | None:
+    """Return the share of exact and near duplicates among all records; None if they were not looked for."""
+    if not filters or "near_duplicate" not in filters["dropped"]:
+        return None
+    repeats = filters["dropped"]["near_duplicate"] + filters["dropped"].get("exact_duplicate", 0)
+    return repeats / filters["records"]
 
 
 def _nested(losses: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
@@ -161,14 +172,19 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         if report["usage"]["errors"]:
             tables.append(_shares("Failed answers", "reason", report["usage"]["errors"], report["usage"]["answers"]))
     diversity = report["diversity"]
-    rows = [
-        (name, *(f"{diversity[f'{name}_distinct_{n}']:.3f}" for n in (1, 2, 3))) for name in ("query", "positive")
-    ]
-    note = f"Different n-grams over all n-grams, in a sample of {diversity['records']:,} records."
+    rows = [(name, *(f"{diversity[f'{name}_distinct_{n}']:.3f}" for n in (1, 2, 3))) for name in ("query", "positive")]
+    rate = report["near_duplicate_rate"]
+    repeats = "not measured (hf-e5 filter does)" if rate is None else f"{rate:.2%} of all records"
+    note = (
+        f"Different n-grams over all n-grams, in a sample of {diversity['records']:,} records. "
+        f"Exact and near duplicates: {repeats}. Distinct instructions: {report['distinct_instructions']:,}."
+    )
     tables.append(Table("Diversity", ("text", "distinct-1", "distinct-2", "distinct-3"), rows, note))
     if report["margins"]:
         rows = [(name, f"{value:.3f}") for name, value in report["margins"].items() if name != "records"]
-        note = f"Cosine of query and positive less that of query and negative, {report['margins']['records']:,} records."
+        note = (
+            f"Cosine of query and positive less that of query and negative, {report['margins']['records']:,} records."
+        )
         tables.append(Table("Margins of the embedding check", ("", "margin"), rows, note))
     tables.append(_shares("Models", "model", report["models"], total))
     names = {code: language.name for code, language in load_languages().items()}
@@ -206,7 +222,9 @@ def _usd(value: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run")
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder of the report (default: DIR/report)")
-    parser.add_argument("--max_rows", type=int, default=MAX_ROWS, help="most records on the page (default: %(default)s)")
+    parser.add_argument(
+        "--max_rows", type=int, default=MAX_ROWS, help="most records on the page (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

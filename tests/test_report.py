@@ -1,0 +1,207 @@
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from hf_e5.cli import main
+from hf_e5.errors import InputError
+from hf_e5.synthesis.filtering import filter_records
+from hf_e5.synthesis.report import write_report
+from hf_e5.synthesis.statistics import Sample, distinct_ngrams, read_usage
+
+
+def write(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The page as a browser parses it: elements, table cells and the text of the data element."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: Counter[str] = Counter()
+        self.cells: list[str] = []
+        self.data = ""
+        self.links: list[str] = []
+        self._inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements[tag] += 1
+        self.links += [attributes[name] for name in ("src", "href") if name in attributes]
+        self._inside = "data" if attributes.get("id") == "data" else tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "td":
+            self.cells.append(data)
+        elif self._inside == "data":
+            self.data += data
+
+    def rows(self) -> list[dict]:
+        data = json.loads(self.data)
+        return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+
+
+def test_report_of_filtered_records(tmp_path, sample_rows):
+    rows = [
+        *sample_rows,
+        {**sample_rows[0], "id": "again"},
+        {**sample_rows[1], "id": "same", "negative": sample_rows[1]["positive"]},
+    ]
+    write(tmp_path / "records.jsonl", rows)
+    answers = [
+        {"id": "a", "model": "big", "prompt_tokens": 100, "completion_tokens": 300, "cost": 0.5, "error": None},
+        {"id": "b", "model": "big", "prompt_tokens": 100, "completion_tokens": 0, "cost": 0.1, "error": "json: x"},
+        {"id": "c", "model": "small", "prompt_tokens": 50, "completion_tokens": 150, "cost": 0.2, "error": None},
+        {
+            "id": "d",
+            "model": "small",
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "cost": None,
+            "error": "http 503: x",
+        },
+    ]
+    write(tmp_path / "answers.jsonl", answers)
+    filter_records(tmp_path, num_proc=1)
+    report = write_report(tmp_path)
+    assert report == json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+
+    assert report["records"] == len(sample_rows)
+    assert report["task_types"] == dict(Counter(row["task_type"] for row in sample_rows).most_common())
+    assert report["languages"] == dict(Counter(row["language"] for row in sample_rows).most_common())
+    assert report["distinct_instructions"] == len({row["instruction"] for row in sample_rows})
+    lengths = sorted(len(row["query"]) for row in sample_rows if row["task_type"] == "sts")
+    assert report["characters"]["sts"]["query"]["mean"] == pytest.approx(sum(lengths) / len(lengths), abs=0.05)
+    assert lengths[0] <= report["characters"]["sts"]["query"]["p5"] <= report["characters"]["sts"]["query"]["median"]
+    assert "negative" not in report["characters"]["long_long"]
+    assert report["filters"]["dropped"]["exact_duplicate"] == 1
+    assert report["dropped_by_task_type"] == {
+        sample_rows[0]["task_type"]: {"exact_duplicate": 1},
+        sample_rows[1]["task_type"]: {"positive_equals_negative": 1},
+    }
+    assert report["near_duplicate_rate"] == 1 / len(rows)
+    assert report["usage"]["models"]["big"] == {
+        "answers": 2, "prompt_tokens": 200, "completion_tokens": 300, "cost": pytest.approx(0.6),
+    }  # fmt: skip
+    assert report["usage"]["usd_per_1k_records"] == pytest.approx(1000 * 0.8 / len(sample_rows))
+    assert report["usage"]["tokens_per_record"] == pytest.approx(700 / len(sample_rows))
+    assert report["usage"]["errors"] == {"json": 1, "http 503": 1}
+
+    page = Page(tmp_path / "report" / "index.html")
+    assert {row["id"]: row["dropped_by"] for row in page.rows() if row["dropped_by"]} == {
+        "again": "exact_duplicate",
+        "same": "positive_equals_negative",
+    }
+    assert len(page.rows()) == len(rows)
+    assert "exact_duplicate" in page.cells and "USD 0.60" in page.cells
+    # self-contained: nothing but jumps within the page and within its figure
+    assert all(link.startswith("#") for link in page.links)
+
+
+def test_figure_2(tmp_path, sample_rows):
+    write(tmp_path / "records.jsonl", sample_rows)
+    write_report(tmp_path)
+    with Image.open(tmp_path / "report" / "figure2.png") as image:
+        assert image.format == "PNG" and image.width > 1500
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+    assert ElementTree.parse(tmp_path / "report" / "figure2.svg").getroot().tag.endswith("svg")
+    first = (tmp_path / "report" / "figure2.svg").read_bytes()
+    write_report(tmp_path)
+    assert (tmp_path / "report" / "figure2.svg").read_bytes() == first
+
+
+def test_text_of_a_model_cannot_leave_its_place(tmp_path, sample_rows):
+    evil = "</script><script>alert(1)</script><!--<script> <img src=x onerror=alert(2)> & \u2028 {{ 7 * 7 }} ]]>"
+    fields = {"query": evil, "positive": evil, "negative": evil + "x", "instruction": evil, "model": evil}
+    row = {**sample_rows[0], **fields, "id": evil, "task_type": evil, "language": evil, "placeholders": {evil: evil}}
+    write(tmp_path / "records.jsonl", [row, *sample_rows[:3]])
+    (tmp_path / "records.jsonl").open("a").write('"half a pair \\ud83d"\n')
+    write_report(tmp_path)
+    page = Page(tmp_path / "report" / "index.html")
+    assert page.elements["script"] == 2 and page.elements["img"] == 0
+    assert {name: page.rows()[0][name] for name in fields} == fields
+    source = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<img" not in source and "49" not in re.sub(r"\d{3,}", "", page.rows()[0]["query"])
+    assert "sha256-" in source.split("</head>")[0]
+
+
+def test_a_large_run_is_shown_as_a_sample(tmp_path, sample_rows):
+    rows = [{**row, "id": f"{n}-{row['id']}"} for n in range(3) for row in sample_rows]
+    write(tmp_path / "records.jsonl", rows)
+    filter_records(tmp_path, num_proc=1)
+    write_report(tmp_path, max_rows=100)
+    source = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    shown = Counter(bool(row["dropped_by"]) for row in Page(tmp_path / "report" / "index.html").rows())
+    assert shown == {True: 50, False: 50}
+    assert f"50 of {len(sample_rows)} kept and 50 of {2 * len(sample_rows)} dropped" in source
+
+
+def test_raw_records_stale_filters_and_the_command(tmp_path, capsys, sample_rows):
+    write(tmp_path / "records.jsonl", sample_rows[:20])
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"hf-e5 filter {tmp_path}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["usage"] is None and report["near_duplicate_rate"] is None and "filters" not in report
+    filter_records(tmp_path, num_proc=1)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "other")]) == 0
+    assert f"hf-e5 build {tmp_path / 'kept.jsonl'} OUT" in capsys.readouterr().out
+    write(tmp_path / "records.jsonl", sample_rows[:25])
+    assert main(["report", str(tmp_path)]) == 0
+    assert "has changed since the filters ran" in capsys.readouterr().err
+
+
+def test_wrong_input(tmp_path, sample_rows):
+    with pytest.raises(InputError, match="records.jsonl: no such file"):
+        write_report(tmp_path)
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="no records"):
+        write_report(tmp_path)
+    write(tmp_path / "records.jsonl", sample_rows[:2])
+    with pytest.raises(InputError, match="is no report"):
+        write_report(tmp_path, tmp_path)
+    assert main(["report", str(tmp_path), "--max_rows", "0"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_distinct_ngrams_by_hand():
+    pairs = [("a b a", "学习 x"), ("A b", "学 x")]
+    result = distinct_ngrams(pairs)
+    assert result["query_distinct_1"] == pytest.approx(2 / 5, abs=1e-4)
+    assert result["query_distinct_2"] == pytest.approx(2 / 3, abs=1e-4)
+    assert result["query_distinct_3"] == 1
+    assert result["positive_distinct_1"] == pytest.approx(3 / 5, abs=1e-4)  # 学 习 x 学 x
+    assert distinct_ngrams([("ज़िंदगी में", "x")])["query_distinct_1"] == 1  # two words, not four pieces
+    assert distinct_ngrams([])["query_distinct_1"] == 0
+
+
+def test_samples_are_uniform_and_ordered():
+    counts: Counter[int] = Counter()
+    for seed in range(2000):
+        sample = Sample(5, seed)
+        for row in range(20):
+            sample.add(row)
+        assert sample.rows() == sorted(sample.rows()) and len(set(sample.rows())) == 5
+        counts.update(sample.rows())
+    # Each of 20 rows is drawn with probability 1/4: 500 of 2000 times, give or take 5 standard deviations.
+    assert all(abs(count - 500) < 5 * math.sqrt(2000 * 0.25 * 0.75) for count in counts.values())
+
+
+def test_usage_without_prices_and_with_a_torn_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    assert read_usage(path, 1) is None
+    row = {"model": "m", "prompt_tokens": 10, "completion_tokens": 5, "cost": None, "error": None}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "cost": 1.0}) + '\n{"mod')
+    usage = read_usage(path, 2)
+    assert usage["usd_per_1k_records"] is None and usage["models"]["m"]["cost"] is None
+    assert usage["tokens_per_record"] == 15
