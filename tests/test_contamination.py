@@ -4,6 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hf_e5.cli import main
 from hf_e5.errors import InputError
 from hf_e5.synthesis.contamination import TestSets, check_contamination, normalize, read_texts
 
@@ -66,3 +67,16 @@ def test_unreadable_test_sets_are_named(tmp_path, name, content):
         path.write_text(content)
     with pytest.raises(InputError, match=name):
         TestSets.from_files([path])
+
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"query": QUESTION.lower(), "positive": "Wittgenstein"}) + "\n")
+    (tmp_path / "nq.txt").write_text(f"{QUESTION}\nWittgenstein\nIs it raining in Vienna today?\n")
+    arguments = [str(tmp_path / "train.jsonl"), "--test_sets", str(tmp_path / "nq.txt")]
+    assert main(["contamination", *arguments, "--output", str(tmp_path / "report.json")]) == 0
+    assert f"| {tmp_path / 'nq.txt'} | 3 | 1 | 33.33% | 1 |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["training_texts"] == 2
+    assert report["test_sets"][str(tmp_path / "nq.txt")]["examples"][0]["place"].endswith("train.jsonl: text 1")
+    assert main(["contamination", str(tmp_path / "nowhere.txt"), "--test_sets", str(tmp_path / "nq.txt")]) == 2
+    assert "nowhere.txt: no such file" in capsys.readouterr().err

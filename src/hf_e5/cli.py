@@ -16,6 +16,7 @@ from .errors import exit_on_input_error
 # name: (module, one-line help), in the order in which data flows
 COMMANDS = {
     "filter": ("hf_e5.synthesis.filtering", "part the records of a synthesis run into kept and dropped"),
+    "contamination": ("hf_e5.synthesis.contamination", "count the texts of test sets in training data"),
     "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),
     "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),

@@ -1,4 +1,4 @@
-"""Contamination: texts of test sets that stand in the training data (paper, appendix B).
+"""`hf-e5 contamination TRAIN --test_sets TEST`: texts of test sets in the training data (paper, appendix B).
 
 Two texts are the same if they are equal once case and spacing are ignored. As in the paper, equal texts that say
 little ("yes", a label, a name) are told apart from the rest: they count as low-entropy overlap, not as contamination.
@@ -6,6 +6,7 @@ little ("yes", a label, a name) are told apart from the rest: they count as low-
 
 from __future__ import annotations
 
+import argparse
 import json
 from array import array
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 
@@ -229,3 +231,26 @@ def _find_files(paths: Iterable[str | Path]) -> Iterator[Path]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = ", ".join(_TEXT_FILES)
+    parser.add_argument("train", metavar="TRAIN", nargs="+", help=f"training data: {kinds} files or folders of them")
+    parser.add_argument("--test_sets", metavar="TEST", nargs="+", required=True, help="the same for test sets")
+    parser.add_argument(
+        "--min_characters", type=int, default=MIN_CHARACTERS, help="shorter texts are low-entropy (%(default)s)"
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the report to this JSON file as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    test_sets = TestSets.from_files(args.test_sets, args.min_characters)
+    files = list(_find_files(args.train))
+    texts = ((f"{path}: text {n}", text) for path in files for n, text in enumerate(read_texts(path), start=1))
+    report = check_contamination(tqdm(texts, desc="training texts", unit=" texts"), test_sets)
+    print(report.to_markdown())
+    if args.output:
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        args.output.write_text(text, encoding="utf-8", errors="backslashreplace")
+        print(f"wrote {args.output}")
+    print("next: hf-e5 filter DIR --test_sets " + " ".join(map(str, args.test_sets)))
