@@ -155,7 +155,8 @@ def test_command_line(tmp_path, capsys, sample_rows):
     [
         ([], "records.jsonl: no such file"),
         (["--against", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--skip", "spelling"], "no filter 'spelling'"),
+        (["--skip", "spelling"], "'spelling' is none of"),
+        (["--skip", "schema"], "'schema' is none of"),
         (["--near_duplicate_threshold", "1.5"], "near_duplicate_threshold: 1.5"),
         (["--test_sets", "nowhere"], "nowhere: no such file"),
         (["--embedding_model", "./nowhere"], "--embedding_model ./nowhere"),

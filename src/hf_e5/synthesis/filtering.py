@@ -36,6 +36,8 @@ RECORDS_FILE, KEPT_FILE, DROPPED_FILE = "records.jsonl", "kept.jsonl", "dropped.
 SUMMARY_FILE, MARGINS_FILE = "filters.json", "margins.tsv"
 NEAR_DUPLICATE_THRESHOLD = 0.8
 FILTER_NAMES = (*FILTERS, "exact_duplicate", "near_duplicate", "weak_negative")
+# All but the one that the others rely on.
+OPTIONAL_FILTERS = tuple(name for name in FILTER_NAMES if name != "schema")
 
 _CHUNK_BYTES = 1 << 20
 
@@ -69,7 +71,7 @@ def filter_records(
         near_duplicate_threshold: least Jaccard similarity of character 5-grams of near duplicates, above 0 to 1.
         embedding_model: a SentenceTransformer that scores query against positive and negative; None: no such check.
         margin: how much nearer to the query the positive must be than the negative, in cosine similarity.
-        skip: names of filters (see `FILTER_NAMES`) not to run.
+        skip: names of filters (see `OPTIONAL_FILTERS`) not to run.
         num_proc: processes for language identification and MinHash; None for one per CPU core.
 
     Raises:
@@ -78,9 +80,9 @@ def filter_records(
     directory = Path(directory)
     settings = settings or FilterSettings()
     skipped = frozenset(skip)
-    unknown = sorted(skipped - set(FILTER_NAMES))
+    unknown = sorted(skipped - set(OPTIONAL_FILTERS))
     if unknown:
-        raise InputError(f"skip: no filter {unknown[0]!r}; there are {', '.join(FILTER_NAMES)}")
+        raise InputError(f"skip: {unknown[0]!r} is none of {', '.join(OPTIONAL_FILTERS)}")
     if not 0 < near_duplicate_threshold <= 1:
         raise InputError(f"near_duplicate_threshold: {near_duplicate_threshold} is not above 0 and at most 1")
     source = directory / RECORDS_FILE
@@ -148,8 +150,9 @@ class _Duplicates:
         """Yield (row, reason) of rows that are near duplicates of an earlier one; dropped rows do not count."""
         live = [number for number, row in enumerate(self.rows) if row < 0 or verdicts[row] is None]
         signatures = np.concatenate([np.empty((0, NUM_PERM), np.uint32), *self.signatures])
-        self.signatures = [signatures]
-        for position, original in near_duplicates(signatures[live], threshold).items():
+        self.signatures.clear()  # they are the bulk of the memory, and not needed again
+        signatures = signatures[live]
+        for position, original in near_duplicates(signatures, threshold).items():
             row = self.rows[live[position]]
             if row >= 0:
                 yield row, f"query and positive nearly the same as {self.places[live[original]]}"
@@ -300,7 +303,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--margin", type=float, default=DEFAULT_MARGIN, help="cosine by which a positive must beat its negative"
     )
-    parser.add_argument("--skip", nargs="+", default=[], metavar="FILTER", help=f"any of {', '.join(FILTER_NAMES)}")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="FILTER", help=f"any of {', '.join(OPTIONAL_FILTERS)}"
+    )
     parser.add_argument("--num_proc", type=int, help="processes (default: one per CPU core)")
 
 
