@@ -8,7 +8,7 @@ takes 4 kB a record, this takes 0.3 kB, and the pass over 500k records stays wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from hashlib import blake2b
 from zlib import crc32
@@ -57,6 +57,48 @@ def signature(query: str, positive: str) -> np.ndarray:
     minhash = _empty_minhash().copy()
     minhash.update_batch({data[start : start + 4 * SHINGLE] for start in range(0, last + 1, 4)})
     return minhash.hashvalues
+
+
+class DuplicateIndex:
+    """Keys and signatures of the rows of a run, those of earlier runs first; about 0.4 kB a row.
+
+    A row is known by its number; rows of earlier runs, which are only compared with, have the number -1.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._places: list[str] = []
+        self._keys: list[bytes] = []
+        self._signatures: list[np.ndarray] = [np.empty((0, NUM_PERM), np.uint32)]
+
+    def add(self, rows: list[int], places: list[str], keys: list[bytes], signatures: np.ndarray) -> None:
+        """Append rows; `places` are what to call them, `signatures` is uint32 [rows, NUM_PERM]."""
+        self._rows += rows
+        self._places += places
+        self._keys += keys
+        self._signatures.append(signatures)
+
+    def exact(self) -> Iterator[tuple[int, str]]:
+        """Yield (row, place of the first row with the same key) of rows that repeat an earlier one."""
+        first: dict[bytes, int] = {}
+        for number, key in enumerate(self._keys):
+            original = first.setdefault(key, number)
+            if original != number and self._rows[number] >= 0:
+                yield self._rows[number], self._places[original]
+
+    def near(self, threshold: float, dropped: Container[int]) -> Iterator[tuple[int, str]]:
+        """Yield (row, place of the first row of its cluster) of near duplicates; `dropped` rows are left out.
+
+        The signatures, the bulk of the memory, are given up: this is the last question to an index.
+        """
+        live = [number for number, row in enumerate(self._rows) if row not in dropped]
+        signatures = np.concatenate(self._signatures)
+        self._signatures.clear()
+        signatures = signatures[live]
+        for position, original in near_duplicates(signatures, threshold).items():
+            row = self._rows[live[position]]
+            if row >= 0:
+                yield row, self._places[live[original]]
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float) -> dict[int, int]:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .contamination import TestSets
-from .dedup import NUM_PERM, exact_key, near_duplicates, signature
+from .dedup import NUM_PERM, DuplicateIndex, exact_key, signature
 from .embedding_check import DEFAULT_MARGIN, Margins, check_margins
 from .filters import FILTERS, FilterSettings, judge
 
@@ -95,17 +95,21 @@ def filter_records(
     if not verdicts:
         raise InputError(f"{source}: no records")
     if "exact_duplicate" not in skipped:
-        _drop(verdicts, "exact_duplicate", duplicates.exact())
+        for row, original in duplicates.exact():
+            verdicts[row] = ("exact_duplicate", f"same query and positive as {original}")
     if "near_duplicate" not in skipped:
-        _drop(verdicts, "near_duplicate", duplicates.near(verdicts, near_duplicate_threshold))
+        dropped = {row for row, verdict in enumerate(verdicts) if verdict}
+        for row, original in duplicates.near(near_duplicate_threshold, dropped):
+            verdicts[row] = ("near_duplicate", f"query and positive nearly the same as {original}")
     margins = None
     if embedding_model is not None and "weak_negative" not in skipped:
         survivors = (record for record, verdict in zip(read_rows(source), verdicts, strict=False) if not verdict)
-        margins = check_margins(survivors, embedding_model, margin)
+        bar = tqdm(survivors, desc="embedding", total=verdicts.count(None), unit=" records")
+        margins = check_margins(bar, embedding_model, margin)
 
-    ran = [name for name in FILTER_NAMES if name not in skipped]
-    if margins is None and "weak_negative" in ran:
-        ran.remove("weak_negative")
+    absent = {"contamination"} if settings.test_sets is None else set()
+    absent |= {"weak_negative"} if margins is None else set()
+    ran = [name for name in FILTER_NAMES if name not in skipped | absent]
     summary = FilterSummary(0, 0, dict.fromkeys(ran, 0))
     summary.settings = {
         "against": [str(path) for path in earlier],
@@ -123,52 +127,12 @@ Verdicts = list[tuple[str, str] | None]
 _Judged = tuple[Verdicts, list[str], list[bytes], np.ndarray]
 
 
-class _Duplicates:
-    """Duplicate keys of all rows that passed the filters before, those of earlier runs first."""
-
-    def __init__(self) -> None:
-        self.keys: list[bytes] = []
-        self.signatures: list[np.ndarray] = []
-        self.places: list[str] = []
-        self.rows: list[int] = []  # row in records.jsonl; -1 for rows of earlier runs
-
-    def add(self, places: list[str], rows: list[int], keys: list[bytes], signatures: np.ndarray) -> None:
-        self.places += places
-        self.rows += rows
-        self.keys += keys
-        self.signatures.append(signatures)
-
-    def exact(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, reason) of rows that repeat an earlier one."""
-        first: dict[bytes, int] = {}
-        for number, key in enumerate(self.keys):
-            original = first.setdefault(key, number)
-            if original != number and self.rows[number] >= 0:
-                yield self.rows[number], f"same query and positive as {self.places[original]}"
-
-    def near(self, verdicts: Verdicts, threshold: float) -> Iterator[tuple[int, str]]:
-        """Yield (row, reason) of rows that are near duplicates of an earlier one; dropped rows do not count."""
-        live = [number for number, row in enumerate(self.rows) if row < 0 or verdicts[row] is None]
-        signatures = np.concatenate([np.empty((0, NUM_PERM), np.uint32), *self.signatures])
-        self.signatures.clear()  # they are the bulk of the memory, and not needed again
-        signatures = signatures[live]
-        for position, original in near_duplicates(signatures, threshold).items():
-            row = self.rows[live[position]]
-            if row >= 0:
-                yield row, f"query and positive nearly the same as {self.places[live[original]]}"
-
-
-def _drop(verdicts: Verdicts, name: str, found: Iterable[tuple[int, str]]) -> None:
-    for row, reason in found:
-        verdicts[row] = (name, reason)
-
-
 def _judge_files(
     source: Path, earlier: list[Path], settings: FilterSettings, skipped: frozenset[str], num_proc: int | None
-) -> tuple[Verdicts, _Duplicates]:
+) -> tuple[Verdicts, DuplicateIndex]:
     """Judge every row of `source` and take the duplicate keys of it and of `earlier`."""
     verdicts: Verdicts = []
-    duplicates = _Duplicates()
+    duplicates = DuplicateIndex()
     tasks = [task for path in (*earlier, source) for task in _chunks(path, filtered=path is source)]
     processes = min(num_proc or os.cpu_count() or 1, len(tasks))
     with ExitStack() as stack:
@@ -186,10 +150,10 @@ def _judge_files(
             kept = [number for number, verdict in enumerate(chunk) if verdict is None]
             if filtered:
                 rows = [len(verdicts) + number for number in kept]
-                duplicates.add(ids, rows, keys, signatures)
+                duplicates.add(rows, ids, keys, signatures)
                 verdicts += chunk
             else:
-                duplicates.add([f"{path}: {id_}" for id_ in ids], [-1] * len(kept), keys, signatures)
+                duplicates.add([-1] * len(kept), [f"{path}: {name}" for name in ids], keys, signatures)
             bar.update(stop - start)
     return verdicts, duplicates
 
