@@ -76,6 +76,7 @@ def test_good_records_pass(changes):
         ("schema", {"placeholders": "x"}),
         ("schema", {"model": 4}),
         ("schema", {"query": "half a pair \ud83d"}),
+        ("schema", {"placeholders": {"domain": "half a pair \ud83d"}}),
         ("empty", {"query": " \n"}),
         ("empty", {"positive": "...!"}),
         ("empty", {"negative": ""}),

@@ -12,6 +12,7 @@ from PIL import Image
 from hf_e5.cli import main
 from hf_e5.errors import InputError
 from hf_e5.synthesis.filtering import filter_records
+from hf_e5.synthesis.filters import FILTERS
 from hf_e5.synthesis.report import write_report
 from hf_e5.synthesis.statistics import Sample, distinct_ngrams, read_usage
 
@@ -126,7 +127,9 @@ def test_text_of_a_model_cannot_leave_its_place(tmp_path, sample_rows):
     fields = {"query": evil, "positive": evil, "negative": evil + "x", "instruction": evil, "model": evil}
     row = {**sample_rows[0], **fields, "id": evil, "task_type": evil, "language": evil, "placeholders": {evil: evil}}
     write(tmp_path / "records.jsonl", [row, *sample_rows[:3]])
-    (tmp_path / "records.jsonl").open("a").write('"half a pair \\ud83d"\n')
+    with open(tmp_path / "records.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": "half a pair", "task_type": "\\ud83d", "query": "\\ud83d"}\n')
+    filter_records(tmp_path, skip=FILTERS.keys() - {"schema"}, num_proc=1)
     write_report(tmp_path)
     page = Page(tmp_path / "report" / "index.html")
     assert page.elements["script"] == 2 and page.elements["img"] == 0

@@ -6,6 +6,7 @@ They run in the order of `FILTERS`, and the first that objects names the record'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,11 +72,10 @@ def schema(record: Record, settings: FilterSettings) -> str | None:
         return "negative is not a string"
     if not isinstance(record.get("placeholders"), dict):
         return "placeholders is missing or not an object"
-    for name in ("instruction", *TEXT_FIELDS):
-        try:
-            (record.get(name) or "").encode()
-        except UnicodeEncodeError:
-            return f"{name} holds half of a surrogate pair"
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text holds half of a surrogate pair, which is no character"
     return None
 
 

@@ -47,7 +47,7 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
     """
     directory = Path(directory)
     out = Path(out) if out else directory / "report"
-    filtered = (directory / KEPT_FILE).is_file()
+    filtered = (directory / KEPT_FILE).is_file() and (directory / SUMMARY_FILE).is_file()
     source = directory / (KEPT_FILE if filtered else RECORDS_FILE)
     if not source.is_file():
         raise InputError(f"{source}: no such file; DIR is the folder that hf-e5 synthesize wrote")
@@ -89,9 +89,8 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
             records=records,
         )
         (temporary / "index.html").write_text(page, encoding="utf-8")
-        (temporary / "report.json").write_text(
-            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (temporary / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
@@ -182,9 +181,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     tables.append(Table("Diversity", ("text", "distinct-1", "distinct-2", "distinct-3"), rows, note))
     if report["margins"]:
         rows = [(name, f"{value:.3f}") for name, value in report["margins"].items() if name != "records"]
-        note = (
-            f"Cosine of query and positive less that of query and negative, {report['margins']['records']:,} records."
-        )
+        note = f"Cosine of query and positive less that of query and negative; {report['margins']['records']:,} rows."
         tables.append(Table("Margins of the embedding check", ("", "margin"), rows, note))
     tables.append(_shares("Models", "model", report["models"], total))
     names = {code: language.name for code, language in load_languages().items()}
