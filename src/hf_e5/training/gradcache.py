@@ -193,7 +193,7 @@ class ContrastiveStep:
 
         Gathers of ZeRO-3 and broadcasts of DDP happen per forward pass: every process must make equally many.
         """
-        if self.accelerator.num_processes == 1:
+        if not (dist.is_available() and dist.is_initialized()):
             return largest, smallest
         counts = torch.tensor([largest, -smallest], device=self.accelerator.device)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
