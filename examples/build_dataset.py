@@ -1,6 +1,6 @@
 """From records to a dataset folder, and every way of reading it.
 
-    python examples/build_dataset.py outputs/triplets
+python examples/build_dataset.py outputs/triplets
 """
 
 import json

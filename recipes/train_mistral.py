@@ -8,11 +8,13 @@ Any flag after the config overrides it. Run again after a stop, it goes on from 
 output_dir.
 """
 
+import sys
+
 from transformers import set_seed
 
 from hf_e5 import E5Trainer
 from hf_e5.config import parse_config
-from hf_e5.errors import exit_on_input_error
+from hf_e5.errors import InputError
 from hf_e5.training.arguments import DataArguments, E5TrainingArguments, ModelArguments
 from hf_e5.training.trainer import last_checkpoint
 
@@ -34,5 +36,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: E5
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("train_mistral.py"):
+    try:
         main(*parse_config((ModelArguments, DataArguments, E5TrainingArguments)))
+    except InputError as error:
+        print(f"train_mistral.py: {error}", file=sys.stderr)
+        sys.exit(2)

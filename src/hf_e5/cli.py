@@ -10,7 +10,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from .errors import exit_on_input_error
+from .errors import InputError
 
 
 # name: (module, one-line help), in the order in which data flows
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 2 wrong input, 130 stopped by the user."""
+    """Run one command. Returns the exit code: 0 done, 2 wrong input, 130 stopped by the user."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="hf-e5", description="Text embeddings from LLMs and LLM-written data.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        with exit_on_input_error(f"hf-e5 {args.command}"):
-            return args.run(args) or 0
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"hf-e5 {args.command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"hf-e5 {args.command}: stopped; run it again to go on", file=sys.stderr)
         return 130

@@ -74,7 +74,9 @@ def _reason(error: Exception) -> Exception | None:
     """Return what the Hub or the network has against a push; None if the error is none of theirs."""
     if isinstance(error, RuntimeError):  # a file could not be sent; the reason is its cause
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    from_hub = isinstance(error, (HTTPError, ConnectionError)) or str(error).startswith("Invalid metadata in README.md")
+    from_hub = isinstance(error, (HTTPError, ConnectionError)) or str(error).startswith(
+        "Invalid metadata in README.md"
+    )
     return error if from_hub else None
 
 

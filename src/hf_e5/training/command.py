@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
     trainer = E5Trainer(
         model_args.load(), training_args, data_args.load_train(), data_args.load_eval() if with_eval else None
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(str(training_args.output_dir)))
+    trainer.train(
+        resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(str(training_args.output_dir))
+    )
     trainer.save_model()
     print(f"wrote {training_args.output_dir}; next: hf-e5 export {training_args.output_dir} OUT")
