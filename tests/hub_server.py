@@ -15,6 +15,7 @@ import base64
 import json
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,6 +80,14 @@ class Repo:
         raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no error of the server
+            super().handle_error(request, client_address)
+
+
 class HubServer:
     """The server and its repositories.
 
@@ -100,8 +109,7 @@ class HubServer:
         self.intercept: Intercept = lambda method, path: None
         self.lock = threading.Lock()
         self._secret = secrets.token_hex(8)
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
         self.storage = f"http://localhost:{self._http.server_port}"
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from hashlib import sha256
@@ -118,16 +119,19 @@ def test_files_of_others_in_the_repository_stay(hub, folder):
 
 
 def test_killed_push_leaves_the_repository_and_the_next_one_completes_it(hub, folder):
-    stored, reached = [], threading.Event()
+    begun, reached = [], threading.Event()
 
     def hold_the_fourth_file(method, path):
-        if method == "PUT":
-            stored.append(path)
-            if len(stored) > 3:
-                reached.set()
-                threading.Event().wait(2)
-                return "drop"
-        return None
+        if method != "PUT":
+            return None
+        begun.append(path)
+        if len(begun) <= 3:
+            return None
+        while len(hub.repos["dataset", NAME].uploaded) < 3:
+            time.sleep(0.01)
+        reached.set()
+        time.sleep(2)
+        return "drop"
 
     hub.intercept = hold_the_fourth_file
     process = start(hub, folder.parent, "-m", "hf_e5.cli", "push", str(folder), NAME)
