@@ -37,9 +37,25 @@ def write(path: Path, records: list) -> Path:
     return path
 
 
+def run(*command: str) -> int | None:
+    """Run a command of hf-e5 and return its exit code."""
+    try:
+        return main(list(command))
+    except SystemExit as leave:
+        return leave.code
+
+
 def as_records(rows) -> dict[str, dict]:
     """Rows of the dataset as records, by id."""
     return {row["id"]: {**row, "placeholders": json.loads(row["placeholders"])} for row in rows}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_matplotlib():
+    """Build as where the extra is not installed; test_card.py has the figure, which takes a second to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_e5.data.card.find_spec", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +81,10 @@ def test_every_record_comes_out_once_and_unchanged(records, loaded):
     assert len(rows) == len(records)
     expected = {record["id"]: {"negative": None, **record} for record in records}
     assert as_records(rows) == expected
+
+
+def test_card_without_matplotlib_has_no_figure(built):
+    assert not (built / "figures").exists() and "figures/" not in (built / "README.md").read_text(encoding="utf-8")
 
 
 def test_no_instruction_is_in_both_splits(loaded):
@@ -206,6 +226,14 @@ def test_unusual_text_comes_out_unchanged(records, tmp_path):
     assert data["query"][:] == data["positive"][:] == texts
 
 
+def test_paths_are_no_patterns(records, tmp_path):
+    folder = tmp_path / "a [b] *c"
+    folder.mkdir()
+    build_dataset([write(folder / "r?.jsonl", records[:10])], folder / "out [1]", test_size=0)
+    paths = list((folder / "out [1]").rglob("*.parquet"))
+    assert sum(pq.read_metadata(path).num_rows for path in paths) == 10
+
+
 def broken(**changes):
     return lambda record: {**record, **changes}
 
@@ -235,7 +263,7 @@ def without(field):
 )
 def test_wrong_record(records, tmp_path, capsys, change, message):
     path = write(tmp_path / "r.jsonl", [*records[:2], change(records[2]), records[3]])
-    assert main(["build", str(path), str(tmp_path / "out")]) == 2
+    assert run("build", str(path), str(tmp_path / "out")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hf-e5 build:") and f"{path}:3: {message}" in error
     assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
@@ -283,12 +311,12 @@ def test_other_wrong_input(records, tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    assert main(["build", str(SAMPLE), str(tmp_path / "out"), "--test_size", "0.1", "--license", "apache-2.0"]) == 0
+    assert run("build", str(SAMPLE), str(tmp_path / "out"), "--test_size", "0.1", "--license", "apache-2.0") == 0
     printed = capsys.readouterr().out
     assert f"hf-e5 push {tmp_path / 'out'} USER/NAME" in printed
     assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
-    assert main(["build", str(SAMPLE), str(tmp_path / "other"), "--test_size", "2"]) == 2
-    assert main(["build", str(SAMPLE), str(tmp_path / "other"), "--max_shard_size", "huge"]) == 2
+    assert run("build", str(SAMPLE), str(tmp_path / "other"), "--test_size", "2") == 2
+    assert run("build", str(SAMPLE), str(tmp_path / "other"), "--max_shard_size", "huge") == 2
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     with open(SAMPLE, encoding="utf-8") as sample:
         lines = list(islice(sample, 400))
     (folder / "records.jsonl").write_text("".join([*lines, lines[0].replace("0-000", "copy")]), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps({"seed": 42, "fingerprint": "abc123", "models": {"m": 1}}))
+    (folder / "run.json").write_text(json.dumps({"configuration": "abc123", "seed": 42, "shard": [0, 1]}))
     answer = {"prompt_tokens": 1000, "completion_tokens": 250, "cost": 0.25}
     answers = [{"model": "big", **answer}] * 6 + [{"model": "own", **answer, "cost": None}]
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
@@ -103,7 +103,7 @@ def test_text_tells_counts_filters_and_cost(run, card):
         ["big", "6", "6,000", "1,500", "1.50"],
         ["own", "1", "1,000", "250", "not priced"],
     ]
-    assert "seed `42`, fingerprint `abc123`" in card.text
+    assert "configuration `abc123`, seed `42`\n" in card.text
     instructions = {" ".join(record["instruction"].casefold().split()) for record in records}
     assert f"{len(instructions)} distinct instructions" in card.text.replace("\n", " ")
 

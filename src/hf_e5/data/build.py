@@ -4,13 +4,14 @@
     OUT/data/{task type}/{split}-00000-of-00001.parquet
     OUT/figures/*.png                                shares of task types and languages (paper, figure 2)
 
-Records are read twice, whatever their number: once to check them and to part them by task type, once to write them.
-The config `all` is no copy: it lists the files of every task type.
+Records are streamed: a first pass checks them and parts them by task type, then each type's splits are written. The
+config `all` is no copy: it lists the files of every task type.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ def build_dataset(
     except ValueError as error:
         raise InputError(f"max_shard_size: {error}") from None
     files = find_record_files(sources)
+    provenance = read_provenance(files)
     with _new_folder(Path(out)) as folder:
         parts = folder.parent / "parts"
         counts = _part_by_task_type(files, parts)
@@ -67,7 +69,7 @@ def build_dataset(
             infos[task_type] = _write_config(
                 parts / f"{task_type}.jsonl", folder / "data" / task_type, test_size, max_shard_size
             )
-        write_card(folder, infos, counts, read_provenance(files), license=license)
+        write_card(folder, infos, counts, provenance, license=license)
     return infos
 
 
@@ -126,7 +128,10 @@ def _write_config(part: Path, folder: Path, test_size: float, max_shard_size: st
     # `datasets` leaves locks and a dataset_info.json beside its output: it writes elsewhere, the shards are moved.
     prepared = part.with_suffix("")
     builder = SyntheticTriplets(
-        config_name=task_type, data_files=str(part), test_size=test_size, cache_dir=str(part.parent / "cache")
+        config_name=task_type,
+        data_files=glob.escape(str(part)),  # `datasets` reads it as a pattern
+        test_size=test_size,
+        cache_dir=str(part.parent / "cache"),
     )
     builder.download_and_prepare(str(prepared), file_format="parquet", max_shard_size=max_shard_size)
     folder.mkdir(parents=True)

@@ -92,7 +92,7 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
         files = [path for paths in dl_manager.download(self.config.data_files).values() for path in paths]
         splits = self._splits_with_records(files)
         if not splits:
-            raise InputError(f"{files[0]}: no record of task type {self.config.name!r}")
+            raise InputError(f"{', '.join(files)}: no record of task type {self.config.name!r}")
         return [datasets.SplitGenerator(name=split, gen_kwargs={"files": files, "split": split}) for split in splits]
 
     def _splits_with_records(self, files: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ class Provenance:
     """What is known of the runs; empty where the records came alone.
 
     Attributes:
-        runs: what stays the same throughout a run, such as its seed and the hash of its recipe.
+        runs: what identifies each run: its seed and the hash of its configuration (recipe and prompts).
         usage: by model.
         dropped: records dropped, by filter; empty if no filters ran.
         num_filtered: records that the filters saw.
@@ -48,7 +48,9 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
     for folder in dict.fromkeys(file.parent for file in files):
         if (folder / "run.json").exists():
             run = _load(folder / "run.json", (folder / "run.json").read_bytes())
-            provenance.runs.append({key: value for key, value in run.items() if isinstance(value, (str, int, float))})
+            facts = {key: value for key, value in run.items() if isinstance(value, (str, int))}
+            if facts not in provenance.runs:  # the shards of one run have the same
+                provenance.runs.append(facts)
         if (folder / "answers.jsonl").exists():
             with open(folder / "answers.jsonl", "rb") as answers:
                 _add_usage(provenance.usage, (_load(folder / "answers.jsonl", line) for line in answers))
