@@ -123,7 +123,12 @@ class HubServer:
 
     def env(self) -> dict[str, str]:
         """What a client process needs in its environment to use this server."""
-        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
 
     def url(self, kind: str, name: str) -> str:
         return f"{self.endpoint}/{_web_path(kind, name)}"

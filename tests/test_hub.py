@@ -259,26 +259,6 @@ print(json.dumps({{name: {{split: list(data) for split, data in splits.items()}}
     assert [{**row, "placeholders": json.loads(row["placeholders"])} for row in sts] == expected
 
 
-@pytest.fixture
-def model(tmp_path):
-    """A sentence-transformers folder with a one-layer BERT."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "push", "a", "model"]
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(base / "vocab.txt")).save_pretrained(base)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
-    transformer = Transformer(str(base))
-    model = SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
-    model.save(str(tmp_path / "model"))
-    return model
-
-
 def test_push_model(hub, tmp_path):
     folder = tmp_path / "model"
     (folder / "1_Pooling").mkdir(parents=True)
@@ -305,15 +285,30 @@ def test_push_model(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_pushed_model_loads_in_sentence_transformers(hub, model, tmp_path):
+def test_pushed_model_loads_in_sentence_transformers(hub, tiny_checkpoint, tmp_path):
+    from hf_e5 import E5Model, export_sentence_transformer
+
+    model = E5Model.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(tmp_path / "checkpoint")
+    instruction = "Given a question, retrieve passages"
+    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "model", instruction=instruction)
     assert push(hub, tmp_path / "model", name="user/model")[0] == 0
+    assert pushed(hub, "model", "user/model") == contents(tmp_path / "model")
     code = """
 import json
 from sentence_transformers import SentenceTransformer
-print(json.dumps(SentenceTransformer("user/model", device="cpu").encode(["push a model"])[0].tolist()))
+print(json.dumps(SentenceTransformer("user/model", device="cpu").encode_query(["how tall is K2"])[0].tolist()))
 """
-    vector = json.loads(run_python(hub, tmp_path, code))
-    assert vector == pytest.approx(model.encode(["push a model"])[0].tolist(), abs=1e-6)
+    vector = json.loads(run_python(hub, tmp_path, code).splitlines()[-1])
+    assert vector == pytest.approx(model.encode(["how tall is K2"], instruction=instruction)[0].tolist(), abs=1e-5)
+
+
+def test_adapter_on_a_local_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(InputError, match="loads nowhere else; export with --merge"):
+        detect_repo_type(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}))
+    assert detect_repo_type(tmp_path) == "model"
 
 
 @pytest.mark.parametrize(

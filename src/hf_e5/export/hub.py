@@ -7,6 +7,7 @@ it was, and the next one sends only what is not stored yet. The token is where `
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from fnmatch import fnmatch
@@ -92,7 +93,11 @@ def _one_line(reason: Exception) -> str:
 
 
 def detect_repo_type(folder: Path) -> str:
-    """Return `dataset` or `model`, by what a folder holds."""
+    """Return `dataset` or `model`, by what a folder holds.
+
+    Raises:
+        InputError: it is neither, or a model that could not be loaded from the Hub.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if (folder / "trainer_state.json").exists():
@@ -103,6 +108,10 @@ def detect_repo_type(folder: Path) -> str:
         raise InputError(
             f"{folder}: expected a dataset (data/*.parquet) or a model (config.json), found {_found(folder)}"
         )
+    adapter = folder / "adapter_config.json"
+    base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.exists() else None
+    if base and Path(base).exists():
+        raise InputError(f"{folder}: an adapter on the local {base} loads nowhere else; export with --merge")
     return "dataset" if is_dataset else "model"
 
 
