@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
@@ -58,36 +58,31 @@ def push_folder(folder: str | Path, repo_id: str, *, public: bool = False) -> tu
     for wait in (*RETRY_WAITS, None):
         try:
             return _push(folder, repo_id, repo_type, public)
-        except (HTTPError, ConnectionError, RuntimeError, ValueError) as error:
-            reason = _reason(error)
-            if isinstance(error, InputError) or reason is None:
+        except InputError:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            # A file that could not be sent comes as a RuntimeError; the Hub's answer is its cause.
+            reason = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
+            if isinstance(reason, ValueError) and "Invalid metadata" not in str(reason):
                 raise
             if not _is_transient(reason):
-                raise InputError(f"{repo_id}: the Hub refuses: {_one_line(reason)}") from None
+                raise InputError(f"{repo_id}: the push failed: {_one_line(reason)}") from None
             if wait is None:
-                raise InputError(f"{repo_id}: the Hub fails: {_one_line(reason)}; push again to go on") from None
+                raise InputError(f"{repo_id}: the push failed: {_one_line(reason)}; push again to go on") from None
             logger.warning("the push broke (%s); trying again in %d s", _one_line(reason), wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _reason(error: Exception) -> Exception | None:
-    """Return what the Hub or the network has against a push; None if the error is none of theirs."""
-    if isinstance(error, RuntimeError):  # a file could not be sent; the reason is its cause
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    from_hub = isinstance(error, (HTTPError, ConnectionError)) or str(error).startswith(
-        "Invalid metadata in README.md"
-    )
-    return error if from_hub else None
-
-
-def _is_transient(reason: Exception) -> bool:
+def _is_transient(reason: BaseException) -> bool:
     if isinstance(reason, HfHubHTTPError):
         return reason.response.status_code >= 500 or reason.response.status_code in (408, 429)
-    return isinstance(reason, HTTPError)
+    if isinstance(reason, OfflineModeIsEnabled):
+        return False
+    return isinstance(reason, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
 
 
-def _one_line(reason: Exception) -> str:
+def _one_line(reason: BaseException) -> str:
     text = getattr(reason, "server_message", None) or str(reason) or type(reason).__name__
     return " ".join(text.split())
 
