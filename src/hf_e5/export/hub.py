@@ -61,8 +61,7 @@ def push_folder(folder: str | Path, repo_id: str, *, public: bool = False) -> tu
         except InputError:
             raise
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            # A file that could not be sent comes as a RuntimeError; the Hub's answer is its cause.
-            reason = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
+            reason = _reason(error)
             if isinstance(reason, ValueError) and "Invalid metadata" not in str(reason):
                 raise
             if not _is_transient(reason):
@@ -72,6 +71,13 @@ def push_folder(folder: str | Path, repo_id: str, *, public: bool = False) -> tu
             logger.warning("the push broke (%s); trying again in %d s", _one_line(reason), wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _reason(error: Exception) -> BaseException:
+    """Return the Hub's answer behind a file that could not be sent, which comes as a RuntimeError; else the error."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
+        return error.__cause__
+    return error
 
 
 def _is_transient(reason: BaseException) -> bool:
