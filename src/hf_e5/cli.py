@@ -19,6 +19,7 @@ COMMANDS = {
     "contamination": ("hf_e5.synthesis.contamination", "count the texts of test sets in training data"),
     "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),
     "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
+    "mine": ("hf_e5.data.mine", "mine hard negatives"),
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
     "train": ("hf_e5.training.command", "fine-tune a model in this process (several GPUs: recipes/train_mistral.py)"),
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),

@@ -95,7 +95,7 @@ def open_source(
     Returns:
         The sampled rows, and their row numbers in the dataset (`int64`).
     """
-    dataset = _load(source, source.split or split, cache_dir)
+    dataset = load_raw(source, source.split or split, cache_dir)
     columns = _role_columns(source, dataset.column_names)
     dataset = dataset.select_columns(sorted({root for role in columns for root in _roots(columns[role], dataset)}))
     keep = len(dataset)
@@ -148,6 +148,13 @@ def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
         yield Row(instruction[i], query[i], _texts(positive[i]), _texts(negative[i]), task_type[i])
 
 
+def row_instruction(source: Source, row: Row, row_number: int) -> str | None:
+    """The instruction of a row: the source's, alternating by row number, or else the row's own."""
+    if source.instruction:
+        return source.instruction[row_number % len(source.instruction)]
+    return row.instruction or None
+
+
 def _rows_to_columns(
     batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, seed: int, version: int
 ) -> dict[str, list]:
@@ -169,16 +176,19 @@ def _rows_to_columns(
             negatives = negatives[: source.num_negatives]
         if source.symmetric and rng.random() < 0.5:
             query, positive, negatives = positive, query, []
-        instruction = row.instruction or None
-        if source.instruction:
-            instruction = source.instruction[row_number % len(source.instruction)]
+        instruction = row_instruction(source, row, row_number)
         values = (instruction, query, positive, negatives, source.name, row.task_type)
         for name, value in zip(FEATURES, values, strict=True):
             columns[name].append(value)
     return columns
 
 
-def _load(source: Source, split: str, cache_dir: str | Path | None) -> Dataset:
+def load_raw(source: Source, split: str, cache_dir: str | Path | None = None) -> Dataset:
+    """Load the rows of a source as they are, in their own columns.
+
+    Raises:
+        InputError: they cannot be loaded.
+    """
     path = source.path
     kwargs: dict[str, Any] = {"split": split, "cache_dir": None if cache_dir is None else str(cache_dir)}
     suffixes = [suffix for suffix in Path(path).suffixes if suffix in _FORMATS]

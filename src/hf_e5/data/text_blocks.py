@@ -1,0 +1,65 @@
+"""Texts on disk in blocks, so that mining holds no corpus in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+
+BLOCK = 8192
+_SCHEMA = pa.schema([("text", pa.large_string())])
+
+
+def normalize(text: str) -> int:
+    """Hash a text so that case and spacing do not count (63 bits, equal in every process)."""
+    folded = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little") >> 1
+
+
+class TextWriter:
+    """Numbers distinct texts in order of appearance and writes them to an Arrow file, one record batch per block."""
+
+    def __init__(self, path: Path) -> None:
+        self.numbers: dict[Any, int] = {}
+        self._writer = pa.ipc.new_file(str(path), _SCHEMA)
+        self._buffer: list[str] = []
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, key: Any, text: str) -> int:
+        """Return the number of the text known as `key`; a new key is written down."""
+        number = self.numbers.get(key)
+        if number is None:
+            number = self.numbers[key] = len(self.numbers)
+            self._buffer.append(text)
+            self._digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            if len(self._buffer) == BLOCK:
+                self._flush()
+        return number
+
+    def close(self) -> str:
+        """Finish the file; returns a digest of all texts in their order."""
+        if self._buffer:
+            self._flush()
+        self._writer.close()
+        return self._digest.hexdigest()
+
+    def _flush(self) -> None:
+        self._writer.write_batch(pa.record_batch([pa.array(self._buffer, pa.large_string())], schema=_SCHEMA))
+        self._buffer = []
+
+
+class TextReader:
+    """Reads what `TextWriter` wrote, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.num_blocks = self._file.num_record_batches
+
+    def block(self, number: int) -> list[str]:
+        return self._file.get_batch(number).column(0).to_pylist()
+
+    def text(self, number: int) -> str:
+        return self._file.get_batch(number // BLOCK).column(0)[number % BLOCK].as_py()
