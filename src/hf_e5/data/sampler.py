@@ -234,12 +234,11 @@ def _separate(
 
     fruitless = 0
     for _ in range(_REPAIR_ROUNDS):
-        flat = keys(np.arange(len(rows)), batch_of).ravel()
-        order = np.argsort(flat, kind="stable")
-        present = flat[order]
-        again = np.flatnonzero((present[1:] == present[:-1]) & (present[1:] >= 0)) + 1
-        clashing = np.unique(order[again] // texts.shape[1])
-        clashing = clashing[movable[clashing]]
+        positions, columns = np.nonzero((texts[rows] >= 0) & movable[:, None])
+        held = batch_of[positions] * num_texts + texts[rows[positions], columns]
+        order = np.argsort(held, kind="stable")
+        present = held[order]
+        clashing = np.unique(positions[order[1:][present[1:] == present[:-1]]])
         if not len(clashing):
             return
         rng.shuffle(clashing)

@@ -184,6 +184,6 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(map(str, reports)))
     if errors := sum(report.errors for report in reports):
         bad = ", ".join(report.name for report in reports if report.errors)
-        raise InputError(f"{errors} errors in {bad}: fix the rows, or drop empty ones with 'drop_empty: true'")
+        raise InputError(f"{errors} errors in {bad}, see above ('drop_empty: true' leaves rows without text out)")
     print(f"{sum(report.rows for report in reports)} rows are ready: train with `dataset_name: {args.mixture}`")
     return 0
