@@ -12,7 +12,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from hf_e5.data.mining import mine_hard_negatives
-from hf_e5.data.mixture import load_mixture, open_source
+from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
 from hf_e5.data.sampler import TaskBatchSampler, group_rows, hash_texts
 from hf_e5.data.selection import Selection
@@ -26,11 +26,10 @@ def main(out: Path, miner: str, max_rows: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. Every row without a hard negative gets one that scores at most 95 % of its positive.
-    sources, seed = read_mixture(SAMPLE, max_rows=max_rows)
-    dataset, rows = open_source(sources[0], split="train", seed=seed)
+    (source,), _ = read_mixture(SAMPLE, max_rows=max_rows)
     selection = Selection(num_negatives=1, relative_margin=0.05)
     mined = out / "mined.jsonl"
-    mine_hard_negatives(dataset, rows, sources[0], SentenceTransformer(miner), mined, selection=selection)
+    mine_hard_negatives(source, SentenceTransformer(miner), mined, selection=selection)
 
     # 2. A mixture: the mined set and a quarter of the original, with another instruction.
     mixture = {

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from hf_e5.cli import main
 from hf_e5.data import mining
 from hf_e5.data.mining import mine_hard_negatives
-from hf_e5.data.mixture import load_mixture, open_source
+from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
 from hf_e5.data.search import exact_search
 from hf_e5.data.selection import Selection
@@ -136,9 +136,8 @@ def data(tmp_path):
 
 
 def mine(data, miner, out, **options):
-    (source,), seed = read_mixture(data)
-    dataset, rows = open_source(source, split="train", seed=seed)
-    report = mine_hard_negatives(dataset, rows, source, miner, out, **options)
+    (source,), _ = read_mixture(data)
+    report = mine_hard_negatives(source, miner, out, **options)
     return report, [json.loads(line) for line in out.read_text().splitlines()]
 
 

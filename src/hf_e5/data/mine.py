@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..errors import InputError
 from .mining import mine_hard_negatives
-from .mixture import load_raw, open_source
+from .mixture import load_raw
 from .mixture_config import Source, read_mixture
 from .selection import Selection
 
@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     names = Selection.__dataclass_fields__
     selection = Selection(**{name: getattr(args, name) for name in names})
     source, seed = _pick(args)
-    dataset, rows = open_source(source, split=args.split, seed=seed)
 
     from sentence_transformers import SentenceTransformer
 
@@ -57,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
     if args.max_length is not None:
         miner.max_seq_length = args.max_length
     report = mine_hard_negatives(
-        dataset,
-        rows,
         source,
         miner,
         args.out,
         selection=selection,
+        split=args.split,
+        sampling_seed=seed,
         corpus=_corpus_texts(args.corpus),
         query_prompt=args.query_prompt,
         document_prompt=args.document_prompt,

@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..instructions import format_query
-from .mixture import Row, read_rows, row_instruction
-from .mixture_config import Source
+from .mixture import Row, open_source, read_rows, row_instruction
+from .mixture_config import DEFAULT_SEED, Source
 from .search import exact_search
 from .selection import Selection
 from .text_blocks import BLOCK, TextReader, TextWriter, normalize
@@ -57,13 +57,13 @@ class MiningReport:
 
 
 def mine_hard_negatives(
-    dataset: Dataset,
-    rows: np.ndarray,
     source: Source,
     miner: SentenceTransformer,
     out: str | Path,
     *,
     selection: Selection,
+    split: str = "train",
+    sampling_seed: int = DEFAULT_SEED,
     corpus: Iterable[str] = (),
     query_prompt: str | None = None,
     document_prompt: str | None = None,
@@ -79,11 +79,13 @@ def mine_hard_negatives(
     Call it in one process or in several (`accelerate launch`); several share the work and need a common file system.
 
     Args:
-        dataset, rows, source: what `mixture.open_source` gives and was given.
+        source: the dataset, see `mixture_config.read_mixture`.
         miner: any SentenceTransformer.
         out: a `.jsonl` or `.parquet` file with `instruction`, `query`, `positive` (a list where a row has several),
             `negative`, `negative_scores` (null for negatives that the row had) and `task_type`.
         selection: which of the ranked documents to take.
+        split: of the dataset, where it does not name one.
+        sampling_seed: of the mixture, for a source with `ratio` or `max_rows`.
         corpus: further documents.
         query_prompt, document_prompt: prefix of the texts. By default the miner's own `query` and `document` prompts.
         use_instructions: give each query its row's instruction as prefix (`Instruct: ...`), for instruction models.
@@ -97,10 +99,11 @@ def mine_hard_negatives(
     if out.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"{out}: name a .jsonl or .parquet file to write")
     work = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".work")
+    dataset, rows = open_source(source, split=split, seed=sampling_seed)
     work.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=miner.device.type == "cpu")
     settings = {
-        "miner": miner.model_card_data.base_model or type(miner[0]).__name__,
+        "miner": miner.encode("probe")[:8].round(2).tolist(),  # a local folder has no name to tell models apart
         "query_prompt": query_prompt,
         "document_prompt": document_prompt,
         "use_instructions": use_instructions,

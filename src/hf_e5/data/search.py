@@ -36,7 +36,8 @@ def exact_search(
     excluded_scores = queries.new_full((len(order),), float("-inf"))
     for start, block in blocks:
         products = queries @ block.to(queries).T
-        low, high = torch.searchsorted(excluded_ids, torch.tensor([start, start + len(block)])).tolist()
+        ends = torch.tensor([start, start + len(block)], device=queries.device)
+        low, high = torch.searchsorted(excluded_ids, ends).tolist()
         where = (excluded_rows[low:high], excluded_ids[low:high] - start)
         excluded_scores[order[low:high]] = products[where]
         products[where] = float("-inf")
