@@ -261,11 +261,17 @@ def test_command_writes_what_training_reads(data, tmp_path, capsys):
 
 
 def test_wrong_input_is_named(data, tmp_path, capsys):
-    assert main(["mine", str(data), str(tmp_path / "out.txt"), "--miner", "/no/model"]) == 2
-    assert "cannot load the miner /no/model" in capsys.readouterr().err
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(f"datasets: [{{name: a, path: {data}}}, {{name: b, path: {data}}}]")
-    assert main(["mine", str(mixture), str(tmp_path / "out.jsonl")]) == 2
-    assert "choose one with --dataset (a, b)" in capsys.readouterr().err
-    assert main(["mine", str(mixture), str(tmp_path / "out.jsonl"), "--dataset", "c"]) == 2
-    assert "has no dataset 'c'" in capsys.readouterr().err
+    out = str(tmp_path / "out.jsonl")
+    for arguments, message in (
+        ([str(data), out, "--miner", "/no/model"], "cannot load the miner /no/model"),
+        ([str(data), str(tmp_path / "out.txt"), "--miner", MINER], "name a .jsonl or .parquet file"),
+        ([str(data), out, "--miner", MINER, "--corpus", str(data)], "no column 'text'"),
+        ([str(data), out, "--range_min", "100"], "the range of ranks is empty: 100 to 100"),
+        ([str(mixture), out], "choose one with --dataset (a, b)"),
+        ([str(mixture), out, "--dataset", "c"], "has no dataset 'c'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["mine", *arguments])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
