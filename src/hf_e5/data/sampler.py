@@ -264,5 +264,5 @@ def _separate(
         pairs = pairs[(first[inverse].reshape(pairs.shape) // 2 == np.arange(len(pairs))[:, None]).all(axis=1)]
         rows[pairs] = rows[pairs[:, ::-1]]
         fruitless = fruitless + 1 if len(pairs) * 100 < len(clashing) else 0
-        if fruitless == 3:
+        if fruitless == 2:
             return
