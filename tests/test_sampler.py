@@ -189,6 +189,8 @@ def test_groups_and_hashes_of_a_dataset():
     assert texts.shape == (3, 4) and (texts[0, 2:] == -1).all()
     assert texts[0, 1] == texts[2, 1] == texts[1, 2] and texts[1, 1] == texts[2, 2]
     assert len(np.unique(texts[texts != -1])) == 6
+    single = Dataset.from_dict({"query": ["a", "b"], "positive": ["x", "y"], "negative": ["xyz", None]})
+    assert hash_texts(single).shape == (2, 3) and hash_texts(single)[1, 2] == -1  # a text, not its letters
     assert texts[0, 0] == 1_702_698_405_120_146_464  # the same in every process and version: not Python's own hash
 
 
