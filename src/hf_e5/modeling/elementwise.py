@@ -1,35 +1,54 @@
 """The elementwise parts of a decoder layer with hand-written gradients: few passes over memory, nothing kept.
 
-Plain functions over tensors. On CUDA each is compiled into one kernel on first use; on a CPU they run as written.
+Plain functions over tensors, each compiled into one kernel where that pays: written out operation by operation, they
+take longer on a CPU than the matrix products around them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def _one_kernel_on_cuda(function: Callable) -> Callable:
-    compiled = cache(lambda: torch.compile(function, dynamic=True))
+logger = logging.getLogger(__name__)
+
+# Elements from which on compiling (seconds, once per machine) is repaid; tests and toy models stay below.
+COMPILE_FROM = 2**18
+
+
+def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `function` compiled on large tensors; as it is written where compiling fails, e.g. without a C++ compiler."""
+    compiled = torch.compile(function, dynamic=True)
+    is_broken = False
 
     @wraps(function)
-    def run(tensor: Tensor, *args):
-        return (compiled() if tensor.is_cuda else function)(tensor, *args)
+    def run(tensor: Tensor, *args: Any) -> Any:
+        nonlocal is_broken
+        if is_broken or tensor.numel() < COMPILE_FROM:
+            return function(tensor, *args)
+        try:
+            return compiled(tensor, *args)
+        except Exception as error:  # whatever the compiler raises: the function itself needs none
+            logger.warning("%s runs uncompiled, which is slower: %s", function.__name__, str(error).split("\n", 1)[0])
+            is_broken = True
+            return function(tensor, *args)
 
     return run
 
 
-@_one_kernel_on_cuda
+@_one_kernel
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`hidden` [T, dim] scaled to unit mean square (in fp32, rounded as transformers does), times `weight` [dim]."""
     return weight * (_upcast(hidden) * _inverse_rms(hidden, eps)).to(hidden.dtype)
 
 
-@_one_kernel_on_cuda
+@_one_kernel
 def rms_norm_backward(grad: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of `rms_norm` with respect to `hidden`; `weight` is frozen."""
     inverse = _inverse_rms(hidden, eps)
@@ -38,25 +57,22 @@ def rms_norm_backward(grad: Tensor, hidden: Tensor, weight: Tensor, eps: float) 
     return ((grad - unit * along) * inverse).to(hidden.dtype)
 
 
-@_one_kernel_on_cuda
+@_one_kernel
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of `states` [T, heads, d] by `cos` and `sin` [T, d]; with `-sin` its gradient."""
     half = states.shape[-1] // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half]
     first, second = states[..., :half], states[..., half:]
-    rotated = torch.empty_like(states, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
-    return rotated
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-@_one_kernel_on_cuda
+@_one_kernel
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, any shape."""
     return F.silu(gate) * up
 
 
-@_one_kernel_on_cuda
+@_one_kernel
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `swiglu` with respect to `gate` and `up`."""
     return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
