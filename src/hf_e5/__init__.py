@@ -17,6 +17,7 @@ _EXPORTS = {
     "SyntheticTriplets": "hf_e5.data.builder",
     "export_sentence_transformer": "hf_e5.export.sentence_transformer",
     "info_nce": "hf_e5.training.losses",
+    "synthesize": "hf_e5.synthesis.pipeline",
     "verify_export": "hf_e5.export.verify",
 }
 
@@ -28,6 +29,7 @@ __all__ = [
     "SyntheticTriplets",
     "export_sentence_transformer",
     "info_nce",
+    "synthesize",
     "verify_export",
 ]
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .export.sentence_transformer import export_sentence_transformer
     from .export.verify import verify_export
     from .modeling.encoder import E5Model
+    from .synthesis.pipeline import synthesize
     from .training.arguments import E5TrainingArguments
     from .training.losses import info_nce
     from .training.trainer import E5Trainer

@@ -15,6 +15,7 @@ from .errors import InputError
 
 # name: (module, one-line help), in the order in which data flows
 COMMANDS = {
+    "synthesize": ("hf_e5.synthesis.command", "write training examples with an LLM"),
     "filter": ("hf_e5.synthesis.filtering", "part the records of a synthesis run into kept and dropped"),
     "contamination": ("hf_e5.synthesis.contamination", "count the texts of test sets in training data"),
     "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),

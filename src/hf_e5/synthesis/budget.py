@@ -1,0 +1,64 @@
+"""When to stop: limits on money and tokens, a server that fails all the time, a user who has had enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .store import AnswerStore
+
+
+MAX_FAILURES_IN_A_ROW = 100
+
+
+@dataclass
+class Budget:
+    """What may be spent in a folder, over all its runs.
+
+    Requests under way are counted at their expected size, so that a limit is passed by little or not at all.
+
+    Attributes:
+        reason: why no further request may start; None while the run goes on.
+        failed: the reason is a fault, not a limit or a wish.
+        interrupted: the user wants the run to end soon.
+    """
+
+    store: AnswerStore
+    max_usd: float | None = None
+    max_tokens: int | None = None
+    reason: str | None = field(default=None, init=False)
+    failed: bool = field(default=False, init=False)
+    interrupted: bool = field(default=False, init=False)
+    _usd_under_way: float = field(default=0.0, init=False)
+    _tokens_under_way: float = field(default=0.0, init=False)
+    _failures_in_a_row: int = field(default=0, init=False)
+
+    def stop(self, reason: str, *, failed: bool = False, interrupted: bool = False) -> None:
+        """Let no further request start. The first reason stays."""
+        if self.reason is None:
+            self.reason, self.failed = reason, failed
+        self.interrupted = self.interrupted or interrupted
+
+    def is_open(self) -> bool:
+        """Tell whether another request may start."""
+        if self.max_usd is not None and self.store.usd + self._usd_under_way >= self.max_usd:
+            self.stop(f"max_usd {self.max_usd:g} is reached")
+        tokens = self.store.prompt_tokens + self.store.completion_tokens
+        if self.max_tokens is not None and tokens + self._tokens_under_way >= self.max_tokens:
+            self.stop(f"max_tokens {self.max_tokens} is reached")
+        return self.reason is None
+
+    def start(self, tokens: float, usd: float) -> None:
+        """Count a request as under way, at the tokens and USD it is expected to take."""
+        self._tokens_under_way += tokens
+        self._usd_under_way += usd
+
+    def finish(self, tokens: float, usd: float) -> None:
+        """Take back what `start` counted: the store has the true numbers by now."""
+        self._tokens_under_way -= tokens
+        self._usd_under_way -= usd
+
+    def note(self, error: str | None) -> None:
+        """Watch for a server that fails every request: it would spend the budget on nothing."""
+        self._failures_in_a_row = self._failures_in_a_row + 1 if error else 0
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            self.stop(f"the last {MAX_FAILURES_IN_A_ROW} answers failed, the last one: {error}", failed=True)

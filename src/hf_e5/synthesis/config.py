@@ -1,0 +1,174 @@
+"""The configuration of a synthesis run: what to generate, in one YAML file (see `recipes/synthesis/`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import InputError
+from .languages import language_name, load_languages
+from .taxonomy import TaskType, builtin_task_types, weighted
+
+
+class SynthesisConfig(BaseModel):
+    """What to generate. Every field has the paper's value as its default.
+
+    Args:
+        num_examples: size of the whole plan; the paper's figure 2 adds up to 507,000.
+        mixture: task types and their shares in any unit; all types with their own `weight` when left out.
+        task_types: new types, or changes to the built-in ones (`taxonomy.TaskType`).
+        models: model names and their shares of the calls.
+        languages: ISO codes (a list means equal shares, a mapping gives them); the paper's 93 when left out.
+        document_languages: the same for the documents of bilingual types; `languages` when left out.
+        domains: topics that seed brainstorms and one-step examples.
+        examples_per_task: examples written for each brainstormed task; the paper has about two.
+        max_answer_tokens: a longer answer is cut by the server and counts as a failure.
+        answer_attempts: answers asked for one example before it counts as failed.
+        timeout: seconds to wait for one answer.
+        prices: USD per million input and output tokens by model name, before those of `data/prices.tsv`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    num_examples: int = Field(507_000, ge=1)
+    mixture: dict[str, float] = {}
+    task_types: dict[str, TaskType]
+    models: dict[str, float] = {}
+    languages: dict[str, float] = {}
+    document_languages: dict[str, float] = {}
+    domains: list[str] = []
+    examples_per_task: int = Field(2, ge=1)
+    system_prompt: str | None = None
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_answer_tokens: int | None = Field(4096, ge=1)
+    answer_attempts: int = Field(2, ge=1)
+    timeout: float = Field(300.0, gt=0)
+    prices: dict[str, tuple[float, float]] = {}
+    template_folder: Path | None = Field(None, exclude=True)
+
+    @field_validator("mixture", "models", "languages", "document_languages", mode="before")
+    @classmethod
+    def _weigh(cls, values: Any) -> dict[str, float]:
+        return weighted(values) if values else {}
+
+    @field_validator("languages", "document_languages")
+    @classmethod
+    def _known_languages(cls, languages: dict[str, float]) -> dict[str, float]:
+        for code in languages:
+            if code not in load_languages():
+                raise ValueError(f"{code!r} is no known ISO code (src/hf_e5/synthesis/data/languages.tsv lists them)")
+        return languages
+
+    def model_post_init(self, _: Any) -> None:
+        mixture = self.mixture or {name: task.weight for name, task in self.task_types.items()}
+        if unknown := set(mixture) - set(self.task_types):
+            raise ValueError(f"mixture: no task type is called {sorted(unknown)[0]!r}")
+        languages = self.languages or {language.code: language.share for language in load_languages().values()}
+        domains = (
+            self.domains
+            or files("hf_e5.synthesis").joinpath("data/domains.txt").read_text(encoding="utf-8").splitlines()
+        )
+        filled = {
+            "mixture": {name: weight for name, weight in mixture.items() if weight},
+            "languages": languages,
+            "document_languages": self.document_languages or languages,
+            "domains": domains,
+        }
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
+        for name in self.mixture:
+            self._check_task_type(name, self.task_types[name])
+
+    def _check_task_type(self, name: str, task: TaskType) -> None:
+        if (task.brainstorm is None) == (task.instruction is None):
+            raise ValueError(f"task_types.{name}: give either `brainstorm` (two steps) or `instruction` (one step)")
+        if task.bilingual and len({*self.languages, *self.document_languages}) < 2:
+            raise ValueError(f"task_types.{name}: a bilingual type needs two languages; add `document_languages`")
+        for template in filter(None, (task.template, task.brainstorm and task.brainstorm.template)):
+            try:
+                self.templates.get_template(template)
+            except TemplateError as error:
+                raise ValueError(f"task_types.{name}: template {template!r}: {error}") from None
+
+    @cached_property
+    def templates(self) -> SandboxedEnvironment:
+        """The templates: the user's beside the YAML file first, then the package's. Sandboxed: they are data."""
+        own = [FileSystemLoader(self.template_folder)] if self.template_folder else []
+        loader = ChoiceLoader([*own, PackageLoader("hf_e5.synthesis", "templates")])
+        return SandboxedEnvironment(loader=loader, undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the plan; runs with one fingerprint and seed plan the same requests."""
+        not_planned = {"models", "prices", "timeout", "answer_attempts", "max_answer_tokens"}
+        content = json.dumps(self.model_dump(mode="json", exclude=not_planned), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def render(self, template: str, **values: Any) -> str:
+        """Fill a template.
+
+        Raises:
+            InputError: it uses a name that is not given, or is no valid template.
+        """
+        try:
+            return self.templates.get_template(template).render(**values).strip()
+        except TemplateError as error:
+            raise InputError(f"template {template}: {error}") from None
+
+    def language_names(self, code: str, document_code: str) -> dict[str, str]:
+        return {"language": language_name(code), "document_language": language_name(document_code)}
+
+
+def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrides: Any) -> SynthesisConfig:
+    """Read a configuration from a YAML file or a mapping; `overrides` that are not None replace its keys.
+
+    Raises:
+        InputError: it cannot be read, or a value is wrong; the message names the file and the key.
+    """
+    if isinstance(source, SynthesisConfig):
+        return source.model_copy(update={key: value for key, value in overrides.items() if value is not None})
+    where, folder = "configuration", None
+    if isinstance(source, dict):
+        data = source
+    else:
+        where, folder = str(source), Path(source).parent
+        try:
+            data = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: expected a mapping of settings")
+    data = {**data, **{key: value for key, value in overrides.items() if value is not None}}
+    try:
+        data["task_types"] = _merge_task_types(data.get("task_types") or {})
+        return SynthesisConfig(template_folder=folder, **data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _merge_task_types(changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay the user's task types over the built-in ones, key by key."""
+    if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
+        raise ValueError("task_types: expected a mapping of names to settings")
+    merged = dict(builtin_task_types())
+    for name, change in changes.items():
+        base = merged.get(name, {})
+        merged[name] = {**base, **change}
+        for key in ("brainstorm", "fields", "placeholders"):
+            if isinstance(base.get(key), dict) and isinstance(change.get(key), dict):
+                merged[name][key] = {**base[key], **change[key]}
+    return merged

@@ -1,0 +1,48 @@
+"""Answers one by one, many at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from .client import ChatClient, Unavailable
+from .job import Job
+from .plan import Request
+
+
+class OnlineExecutor:
+    """Works off requests with at most `concurrency` of them under way."""
+
+    def __init__(self, job: Job, client: ChatClient, concurrency: int) -> None:
+        self.job = job
+        self.client = client
+        self.concurrency = concurrency
+
+    async def work_off(self, requests: Iterator[Request]) -> None:
+        """Answer every request of the stream; returns early when the budget closes."""
+        workers = [asyncio.create_task(self._work(requests)) for _ in range(self.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        except Exception as error:
+            self.job.budget.stop(str(error), failed=True)
+            # The others bring home what is paid for.
+            await asyncio.gather(*workers, return_exceptions=True)
+            if not isinstance(error, Unavailable):
+                raise
+
+    async def _work(self, requests: Iterator[Request]) -> None:
+        # All workers draw from one iterator: nothing is queued, whatever the size of the plan.
+        while self.job.budget.is_open() and (request := next(requests, None)) is not None:
+            messages = self.job.plan.messages(request)
+            answer_model = self.job.plan.answer_model(request)
+            tokens, usd = self.job.expect(request, messages)
+            attempt, last = self.job.attempts(request)
+            done = False
+            while not done and self.job.budget.is_open():
+                self.job.budget.start(sum(tokens), usd)
+                try:
+                    answer = await self.client.ask(request.model, messages, answer_model, tokens)
+                    done = await self.job.keep(request, attempt, last, answer)
+                finally:
+                    self.job.budget.finish(sum(tokens), usd)
+                attempt += 1

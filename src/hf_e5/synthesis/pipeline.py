@@ -1,0 +1,209 @@
+"""`synthesize`: from a configuration to a folder of records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+from .batch import BatchExecutor
+from .budget import Budget
+from .client import ChatClient, Dialect, Unavailable
+from .config import SynthesisConfig, load_config
+from .job import Job
+from .online import OnlineExecutor
+from .plan import Plan
+from .prices import BATCH_DISCOUNT, find_price
+from .store import AnswerStore, write_atomically
+
+
+SERVER_NAME = "server.json"
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """How to run a configuration; none of it changes what is planned, except `seed` and `shard`.
+
+    Args:
+        models: model names and their shares of the calls; replaces those of the configuration.
+        base_url: address of an OpenAI-compatible server; `OPENAI_BASE_URL` or OpenAI itself when None.
+        seed: two runs with one configuration and seed plan the same.
+        shard: `(i, n)`: this machine's part of the plan; the outputs of all n concatenate.
+        max_examples: stop after this many of the plan's examples.
+        max_usd, max_tokens: stop when all runs in the folder together have spent this much.
+        concurrency: requests under way at once.
+        requests_per_minute, tokens_per_minute: upper limits on what is sent.
+        mode: `online`, or `batch` for the OpenAI Batch API.
+        retry_failures: ask again for the examples in `failures.jsonl`.
+        poll_seconds: how often `batch` looks after its batches.
+    """
+
+    models: dict[str, float] | None = None
+    base_url: str | None = None
+    seed: int = 0
+    shard: tuple[int, int] = (0, 1)
+    max_examples: int | None = None
+    max_usd: float | None = None
+    max_tokens: int | None = None
+    concurrency: int = 32
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    mode: Literal["online", "batch"] = "online"
+    retry_failures: bool = False
+    poll_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        number, of = self.shard
+        if not 0 <= number < of:
+            raise InputError(f"--shard {number}/{of}: expected i/n with i from 0 to n - 1")
+        if self.concurrency < 1:
+            raise InputError(f"--concurrency {self.concurrency}: expected 1 or more")
+        for name in ("max_examples", "max_usd", "max_tokens", "requests_per_minute", "tokens_per_minute"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"--{name} {value}: expected a positive number")
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """What a folder holds after a run: counts over all its runs, tokens and USD spent, why the run ended early."""
+
+    folder: Path
+    planned: int
+    examples: int
+    failures: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float
+    reason: str | None
+    failed: bool
+
+
+def synthesize(
+    config: str | Path | dict[str, Any] | SynthesisConfig, output: str | Path, **options: Any
+) -> SynthesisResult:
+    """Generate records with an LLM (paper, section 3.1), or go on where an earlier run in the folder ended.
+
+    Args:
+        config: a YAML file, or the same as a mapping (`SynthesisConfig`).
+        output: the folder for `records.jsonl` and `failures.jsonl`; `store` tells what else is in it.
+        options: see `SynthesisOptions`.
+
+    Raises:
+        InputError: wrong configuration, key, model or address, or a folder that was begun with another plan.
+    """
+    chosen = SynthesisOptions(**options)
+    loaded = load_config(config, models=chosen.models)
+    plan = make_plan(loaded, chosen)
+    job_main = partial(_run, plan, Path(output), chosen)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job_main())
+    with ThreadPoolExecutor(1) as thread:  # a notebook runs a loop of its own
+        return thread.submit(lambda: asyncio.run(job_main())).result()
+
+
+def make_plan(config: SynthesisConfig, options: SynthesisOptions) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        InputError: no model is named, or a budget in USD is set for a model without a price.
+    """
+    if not config.models:
+        raise InputError("no model: name one with --model, or under `models` in the configuration")
+    unpriced = [model for model in config.models if find_price(model, config.prices) is None]
+    if options.max_usd is not None and unpriced:
+        raise InputError(
+            f"--max_usd: no price for {unpriced[0]}; add `prices: {{{unpriced[0]}: [in, out]}}`, USD per million"
+        )
+    return Plan(config, options.seed, options.shard)
+
+
+async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> SynthesisResult:
+    config = plan.config
+    client = ChatClient(
+        options.base_url,
+        config,
+        requests_per_minute=options.requests_per_minute,
+        tokens_per_minute=options.tokens_per_minute,
+    )
+    identity = {"configuration": config.fingerprint, "seed": plan.seed, "shard": list(plan.shard)}
+    store = AnswerStore(folder, identity)
+    client.dialects.update(_load_dialects(folder, client.base_url))
+    budget = Budget(store, options.max_usd, options.max_tokens)
+    batched = options.mode == "batch"
+    job = Job(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
+    if options.retry_failures:
+        store.reopen_failures()
+    _stop_on_signals(budget)
+    try:
+        try:
+            for model in config.models:
+                if model not in client.dialects and budget.is_open():
+                    await client.probe(model, partial(job.keep_probe, model))
+            executor = (
+                BatchExecutor(job, client, options.poll_seconds)
+                if batched
+                else OnlineExecutor(job, client, options.concurrency)
+            )
+            for requests in job.rounds():
+                await executor.work_off(requests)
+        except Unavailable as error:
+            budget.stop(str(error), failed=True)
+        finally:
+            _save_dialects(folder, client)
+            await store.drain()
+            await client.close()
+    finally:
+        job.progress.close()
+        store.close()
+    return SynthesisResult(
+        folder=folder,
+        planned=job.num_examples,
+        examples=store.examples,
+        failures=len(store.failed),
+        prompt_tokens=store.prompt_tokens,
+        completion_tokens=store.completion_tokens,
+        usd=store.usd,
+        reason=budget.reason,
+        failed=budget.failed,
+    )
+
+
+def _stop_on_signals(budget: Budget) -> None:
+    """Let the first Ctrl-C (or SIGTERM) end the run after the answers under way; the second one ends it at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        budget.stop("interrupted", interrupted=True)
+        loop.remove_signal_handler(number)
+        print("\nstopping after the answers under way; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
+            loop.add_signal_handler(number, stop, number)
+
+
+def _load_dialects(folder: Path, base_url: str | None) -> dict[str, Dialect]:
+    try:
+        saved = json.loads((folder / SERVER_NAME).read_text(encoding="utf-8"))
+        if saved["base_url"] == base_url:
+            return {model: Dialect(**dialect) for model, dialect in saved["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing known: the server is asked again
+    return {}
+
+
+def _save_dialects(folder: Path, client: ChatClient) -> None:
+    models = {model: asdict(dialect) for model, dialect in client.dialects.items()}
+    write_atomically(
+        folder / SERVER_NAME, json.dumps({"base_url": client.base_url, "models": models}, indent=2) + "\n"
+    )

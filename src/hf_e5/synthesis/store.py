@@ -1,0 +1,259 @@
+"""The folder of a run. The log `answers.jsonl` is the truth; `records.jsonl` and `failures.jsonl` are read off it.
+
+One line of `answers.jsonl` per answer, written once and never changed:
+
+    id                  the request: "{seed}-{task_type}-{index}", "{seed}-{task_type}-tasks-{index}" for a brainstorm,
+                        "probe-..." for the questions that find out what a server can do
+    task_type, language, document_language, model    as planned; a brainstorm has no language, a probe no type either
+    attempt             1, 2, ...: which answer to this request it is
+    final               true: the request is done; false: another attempt follows
+    error               null, or why the answer cannot be used ("json: ...", "schema: ...", "length", "refusal", ...) or
+                        did not come ("http 503: ...", "connection: ...")
+    prompt_tokens, completion_tokens    as the server counted them, 0 if no answer came
+    cost                USD, null if the model has no price
+    request_id, finish_reason           as the server gave them
+    record | tasks | raw                an example in the columns of `records.jsonl`, a brainstormed list, or the raw
+                                        text of an answer that has an error
+
+So tokens and cost per model, type or language are sums over its lines, failed answers and probes included.
+`failures.jsonl` has one line for each request whose last answer has an error.
+
+An answer counts once its line is on the disk (fsync). Answers that arrive together share one fsync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: no guard against two runs in one folder
+    fcntl = None  # type: ignore[assignment]
+
+LOG_NAME, RECORDS_NAME, FAILURES_NAME = "answers.jsonl", "records.jsonl", "failures.jsonl"
+RUN_NAME = "run.json"
+RECORD_COLUMNS = (
+    "id",
+    "task_type",
+    "language",
+    "document_language",
+    "instruction",
+    "query",
+    "positive",
+    "negative",
+    "placeholders",
+    "model",
+)
+
+
+class _Waiting(NamedTuple):
+    row: dict[str, Any]
+    done: asyncio.Future[None]
+
+
+class AnswerStore:
+    """The answers of one run, and what they add up to. One writer at a time per folder.
+
+    Args:
+        folder: made if missing.
+        identity: what must not change between the runs in one folder (`run.json`).
+
+    Attributes:
+        done: ids of requests that need no further answer.
+        failed: ids of requests whose last answer has an error and is final.
+        attempts: answers so far of requests that had a failed answer.
+        tasks: brainstormed lists by request id.
+        examples, prompt_tokens, completion_tokens, usd: totals of the whole log.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self.failed: set[str] = set()
+        self.attempts: dict[str, int] = {}
+        self.tasks: dict[str, list[str]] = {}
+        self.examples = self.answers = self.prompt_tokens = self.completion_tokens = 0
+        self.usd = 0.0
+        self._waiting: list[_Waiting] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._log = open(self.folder / LOG_NAME, "a+b")
+        try:
+            self._lock()
+            self._check_identity(identity)
+            _repair_tail(self.folder / LOG_NAME)
+            for row in read_rows(self.folder / LOG_NAME):
+                self._count(row)
+            self.write_views()
+            self._views = [open(self.folder / name, "ab") for name in (RECORDS_NAME, FAILURES_NAME)]
+        except BaseException:
+            self._log.close()
+            raise
+
+    async def append(self, row: dict[str, Any]) -> None:
+        """Write one answer; returns when it is on the disk."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(row, done))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await asyncio.shield(done)
+
+    async def _flush(self) -> None:
+        """Write what waits, again and again until nothing does: answers that come during one fsync share the next."""
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            try:
+                await asyncio.to_thread(self._write, [waiting.row for waiting in group])
+            except OSError as error:
+                for waiting in group:
+                    waiting.done.set_exception(error)
+                return
+            for waiting in group:
+                self._count(waiting.row)
+                waiting.done.set_result(None)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self._log.write(b"".join(_line(row) for row in rows))
+        self._log.flush()
+        os.fsync(self._log.fileno())
+        records, failures = self._views
+        records.write(b"".join(_line(row["record"]) for row in rows if row.get("record")))
+        failures.write(b"".join(_line(_failure(row)) for row in rows if row["final"] and row["error"]))
+        records.flush()
+        failures.flush()
+
+    def _count(self, row: dict[str, Any]) -> None:
+        request_id = row["id"]
+        self.answers += 1
+        self.prompt_tokens += row["prompt_tokens"]
+        self.completion_tokens += row["completion_tokens"]
+        self.usd += row["cost"] or 0.0
+        if row["error"]:
+            self.attempts[request_id] = row["attempt"]
+        else:
+            self.attempts.pop(request_id, None)
+            self.failed.discard(request_id)
+        if row["final"]:
+            self.done.add(request_id)
+            if row["error"]:
+                self.failed.add(request_id)
+        if row.get("record"):
+            self.examples += 1
+        if row.get("tasks"):
+            self.tasks[request_id] = row["tasks"]
+
+    def reopen_failures(self) -> int:
+        """Take failed examples as not done, so that they are asked for again. Returns how many.
+
+        Brainstorms stay failed: others have taken their place in the pool, whose order must not change.
+        """
+        again = {request_id for request_id in self.failed if "-tasks-" not in request_id}
+        self.done -= again
+        self.failed -= again
+        return len(again)
+
+    def write_views(self) -> None:
+        """Write `records.jsonl` and `failures.jsonl` anew from the log, each at once."""
+        temporary = {name: self.folder / f".{name}.new" for name in (RECORDS_NAME, FAILURES_NAME)}
+        with open(temporary[RECORDS_NAME], "wb") as records, open(temporary[FAILURES_NAME], "wb") as failures:
+            for row in read_rows(self.folder / LOG_NAME):
+                if row.get("record"):
+                    records.write(_line(row["record"]))
+                elif row["error"] and row["final"] and self._is_last(row):
+                    failures.write(_line(_failure(row)))
+        for name, path in temporary.items():
+            path.replace(self.folder / name)
+
+    def _is_last(self, row: dict[str, Any]) -> bool:
+        return self.attempts.get(row["id"]) == row["attempt"]
+
+    async def drain(self) -> None:
+        """Write what still waits."""
+        if self._flusher is not None:
+            await self._flusher
+
+    def close(self) -> None:
+        """Leave the folder with complete views."""
+        for view in self._views:
+            view.close()
+        self.write_views()
+        self._log.close()
+
+    def _lock(self) -> None:
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.folder}: another run is writing here; use another --output") from None
+
+    def _check_identity(self, identity: dict[str, Any] | None) -> None:
+        path = self.folder / RUN_NAME
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if identity and (changed := [key for key in identity if identity[key] != before.get(key)]):
+                raise InputError(
+                    f"{self.folder}: was begun with another {changed[0]} ({before.get(changed[0])}, now "
+                    f"{identity[changed[0]]}); use another --output"
+                )
+        elif identity:
+            write_atomically(path, json.dumps(identity, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file, one in memory at a time.
+
+    Raises:
+        InputError: a line is no JSON object; names file and line.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise InputError(f"{path}: line {number} is no JSON; remove or repair it") from None
+
+
+def _repair_tail(path: Path) -> None:
+    """Mend a last line that a crash cut: complete JSON gets its line end, a torn line goes."""
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        position, tail = end, b""
+        while position and b"\n" not in tail:
+            step = min(position, 1 << 16)
+            position -= step
+            file.seek(position)
+            tail = file.read(step) + tail
+        last = tail.rpartition(b"\n")[2]
+        if not last:
+            return
+        with suppress(ValueError):
+            json.loads(last)
+            file.seek(end)
+            file.write(b"\n")
+            return
+        file.truncate(end - len(last))
+
+
+def _failure(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("id", "task_type", "model", "error", "raw", "attempt", "request_id", "finish_reason")
+    return {("reason" if key == "error" else key): row.get(key) for key in keys}
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # Models write lone surrogates now and then; they are no valid UTF-8.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
