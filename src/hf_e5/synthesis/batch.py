@@ -64,15 +64,15 @@ class BatchExecutor:
                 if batch.id is None:
                     await self._send(batch)
         while True:
-            while len(self._open) < MAX_OPEN_BATCHES and (batch := self._next_batch(requests)):
-                self._open.append(batch)
-                await self._send(batch)
+            while len(self._open) < MAX_OPEN_BATCHES and (made := self._next_batch(requests)):
+                self._open.append(made)
+                await self._send(made)
             if not self._open:
                 return
-            for batch in list(self._open):
-                status = await self.client.openai.batches.retrieve(batch.id or "")
+            for waiting in list(self._open):
+                status = await self.client.openai.batches.retrieve(waiting.id or "")
                 if status.status in _FINISHED:
-                    await self._collect(batch, status)
+                    await self._collect(waiting, status)
             if self._open and not self._again and not await self._wait():
                 return
 
@@ -117,19 +117,18 @@ class BatchExecutor:
         return batch
 
     def _add(self, batch: _Batch, request: Request, attempt: int) -> None:
-        tokens, usd = self.job.expect(request, self.job.plan.messages(request))
-        self.job.budget.start(sum(tokens), usd)
+        call = self.job.call(request, attempt)
+        tokens, usd = sum(call.expected_tokens), self.job.expected_usd(call)
+        self.job.budget.start(tokens, usd)
         batch.requests[request.id] = request, attempt
-        batch.tokens += sum(tokens)
+        batch.tokens += tokens
         batch.usd += usd
         self._under_way.add(request.id)
 
     async def _send(self, batch: _Batch) -> None:
         lines = []
-        for request, _ in batch.requests.values():
-            body = self.client.parameters(
-                request.model, self.job.plan.messages(request), self.job.plan.answer_model(request)
-            )
+        for request, attempt in batch.requests.values():
+            body = self.client.dialect(request.model).body(self.job.call(request, attempt), self.job.config)
             line = {"custom_id": request.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         content = io.BytesIO("".join(lines).encode())

@@ -48,14 +48,13 @@ class Budget:
         return self.reason is None
 
     def start(self, tokens: float, usd: float) -> None:
-        """Count a request as under way, at the tokens and USD it is expected to take."""
+        """Count requests as under way, at what they are expected to take."""
         self._tokens_under_way += tokens
         self._usd_under_way += usd
 
     def finish(self, tokens: float, usd: float) -> None:
         """Take back what `start` counted: the store has the true numbers by now."""
-        self._tokens_under_way -= tokens
-        self._usd_under_way -= usd
+        self.start(-tokens, -usd)
 
     def note(self, error: str | None) -> None:
         """Watch for a server that fails every request: it would spend the budget on nothing."""

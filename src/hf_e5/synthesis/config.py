@@ -94,7 +94,7 @@ class SynthesisConfig(BaseModel):
             raise ValueError(f"task_types.{name}: give either `brainstorm` (two steps) or `instruction` (one step)")
         if task.bilingual and len({*self.languages, *self.document_languages}) < 2:
             raise ValueError(f"task_types.{name}: a bilingual type needs two languages; add `document_languages`")
-        for template in filter(None, (task.template, task.brainstorm and task.brainstorm.template)):
+        for template in [task.template, *([task.brainstorm.template] if task.brainstorm else [])]:
             try:
                 self.templates.get_template(template)
             except TemplateError as error:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .budget import Budget
 from .client import Answer
+from .dialect import Call
 from .parsing import ParseError, parse_answer
 from .plan import Plan, Request, Task, unique_tasks
 from .prices import cost_of, find_price
@@ -112,10 +113,15 @@ class Job:
         attempt = self.store.attempts.get(request.id, 0) + 1
         return attempt, max(attempt, self.config.answer_attempts)
 
-    def expect(self, request: Request, messages: list[dict[str, str]]) -> tuple[tuple[int, int], float]:
-        """Estimate a request: tokens of prompt and answer, and USD (0 without a price)."""
+    def call(self, request: Request, attempt: int) -> Call:
+        """Return the call that asks a model for a request."""
+        messages = self.plan.messages(request)
         tokens = self.plan.expected_tokens(request, messages)
-        return tokens, self._cost(request.model, *tokens) or 0.0
+        return Call(request.id, request.model, messages, self.plan.answer_model(request), tokens, attempt)
+
+    def expected_usd(self, call: Call) -> float:
+        """Estimate what a call costs; 0 without a price."""
+        return self._cost(call.model, *call.expected_tokens) or 0.0
 
     def _cost(self, model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
         cost = cost_of(find_price(model, self.config.prices), prompt_tokens, completion_tokens)
@@ -143,14 +149,13 @@ class Job:
         )
         return final
 
-    async def keep_probe(self, model: str, rung: str, answer: Answer) -> None:
-        """Write what a server's answer to a probe cost."""
-        names = dict.fromkeys(("task_type", "language", "document_language"))
+    async def keep_probe(self, call: Call, answer: Answer) -> None:
+        """Write what the answer to a probe cost."""
         await self.store.append(
             {
-                "id": f"probe-{model}-{rung}",
-                **names,
-                **self._log_line(model, 1, True, None, answer),
+                "id": call.id,
+                **dict.fromkeys(("task_type", "language", "document_language")),
+                **self._log_line(call.model, call.attempt, True, None, answer),
                 "raw": answer.text,
             }
         )

@@ -33,16 +33,15 @@ class OnlineExecutor:
     async def _work(self, requests: Iterator[Request]) -> None:
         # All workers draw from one iterator: nothing is queued, whatever the size of the plan.
         while self.job.budget.is_open() and (request := next(requests, None)) is not None:
-            messages = self.job.plan.messages(request)
-            answer_model = self.job.plan.answer_model(request)
-            tokens, usd = self.job.expect(request, messages)
             attempt, last = self.job.attempts(request)
             done = False
             while not done and self.job.budget.is_open():
-                self.job.budget.start(sum(tokens), usd)
+                call = self.job.call(request, attempt)
+                expected = sum(call.expected_tokens), self.job.expected_usd(call)
+                self.job.budget.start(*expected)
                 try:
-                    answer = await self.client.ask(request.model, messages, answer_model, tokens)
+                    answer = await self.client.ask(call)
                     done = await self.job.keep(request, attempt, last, answer)
                 finally:
-                    self.job.budget.finish(sum(tokens), usd)
+                    self.job.budget.finish(*expected)
                 attempt += 1

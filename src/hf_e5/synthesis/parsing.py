@@ -35,19 +35,21 @@ def parse_answer(text: str, model: type[BaseModel]) -> BaseModel:
     text = strip_thoughts(text)
     if model is TaskList:
         return _task_list(text)
-    error = ParseError("json: no JSON object in the answer")
+    reason = ""
     for value in _json_values(text):
         if not isinstance(value, dict):
             continue
         try:
             return model.model_validate(value)
-        except ValidationError as invalid:
-            first = invalid.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            if "properties" in value:
-                reason = "the model repeated the schema instead of filling it"
-            error = ParseError(f"schema: {reason}")
-    raise error
+        except ValidationError as error:
+            first = error.errors()[0]
+            echoed = "properties" in value
+            reason = reason or (
+                "schema: the model repeated the schema instead of filling it"
+                if echoed
+                else f"schema: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            )
+    raise ParseError(reason or "json: no JSON object in the answer")
 
 
 def strip_thoughts(text: str) -> str:
@@ -105,13 +107,12 @@ def _drop_comma(out: list[str]) -> None:
 def _task_list(text: str) -> TaskList:
     """Read a brainstorm: from JSON in any wrapping, else from bulleted, numbered or quoted lines."""
     for value in _json_values(text):
-        items = (
-            next((item for item in value.values() if isinstance(item, list)), []) if isinstance(value, dict) else value
-        )
-        tasks = [next(iter(item.values()), None) if isinstance(item, dict) else item for item in items]
-        if tasks := [task.strip() for task in tasks if isinstance(task, str) and task.strip()]:
+        if isinstance(value, dict):
+            value = next((item for item in value.values() if isinstance(item, list)), [])
+        items = [next(iter(item.values()), None) if isinstance(item, dict) else item for item in value]
+        if tasks := [item.strip() for item in items if isinstance(item, str) and item.strip()]:
             return TaskList(tasks=tasks)
     matches = [_LIST_LINE.match(line) for line in text.splitlines()]
-    if tasks := [match.group(1).strip() for match in matches if match and match.group(1).strip()]:
-        return TaskList(tasks=tasks)
+    if lines := [match.group(1).strip() for match in matches if match and match.group(1).strip()]:
+        return TaskList(tasks=lines)
     raise ParseError("json: no list of tasks in the answer")

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from ..errors import InputError
 from .batch import BatchExecutor
 from .budget import Budget
-from .client import ChatClient, Dialect, Unavailable
+from .client import ChatClient, Unavailable
 from .config import SynthesisConfig, load_config
+from .dialect import Dialect
 from .job import Job
 from .online import OnlineExecutor
 from .plan import Plan
@@ -121,9 +122,8 @@ def make_plan(config: SynthesisConfig, options: SynthesisOptions) -> Plan:
         raise InputError("no model: name one with --model, or under `models` in the configuration")
     unpriced = [model for model in config.models if find_price(model, config.prices) is None]
     if options.max_usd is not None and unpriced:
-        raise InputError(
-            f"--max_usd: no price for {unpriced[0]}; add `prices: {{{unpriced[0]}: [in, out]}}`, USD per million"
-        )
+        hint = f"prices: {{{unpriced[0]}: [IN, OUT]}}"
+        raise InputError(f"--max_usd: no price is known for {unpriced[0]}; add `{hint}` (USD per million tokens)")
     return Plan(config, options.seed, options.shard)
 
 
@@ -148,7 +148,8 @@ async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> Synthesis
         try:
             for model in config.models:
                 if model not in client.dialects and budget.is_open():
-                    await client.probe(model, partial(job.keep_probe, model))
+                    await client.probe(model, job.keep_probe)
+                    _save_dialects(folder, client)
             executor = (
                 BatchExecutor(job, client, options.poll_seconds)
                 if batched

@@ -51,9 +51,9 @@ class Task(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in the plan: index in the whole plan, type, index within the type, and the same within this shard."""
+    """A place in the plan: its number, the task type, the index within the type, and that within type and shard."""
 
-    index: int
+    number: int
     task_type: str
     type_index: int
     shard_index: int
@@ -102,7 +102,7 @@ class Plan:
         task = self.config.task_types[position.task_type]
         request_id = self.example_id(position)
         rng = random.Random(request_id)
-        rank = (self._stride * position.index + self._offset) % self.config.num_examples
+        rank = (self._stride * position.number + self._offset) % self.config.num_examples
         language = document_language = self._languages.at((rank + 0.5) / self.config.num_examples)
         if task.bilingual:
             document_language = self._other_language(language, rng)

@@ -7,8 +7,9 @@ One line of `answers.jsonl` per answer, written once and never changed:
     task_type, language, document_language, model    as planned; a brainstorm has no language, a probe no type either
     attempt             1, 2, ...: which answer to this request it is
     final               true: the request is done; false: another attempt follows
-    error               null, or why the answer cannot be used ("json: ...", "schema: ...", "length", "refusal", ...) or
-                        did not come ("http 503: ...", "connection: ...")
+    error               null, or why the answer cannot be used ("json: ...", "schema: ...", "length: ...",
+                        "empty: ...", "refusal: ...") or did not come ("http 503: ...", "connection: ...",
+                        "timeout: ...", "body: ...")
     prompt_tokens, completion_tokens    as the server counted them, 0 if no answer came
     cost                USD, null if the model has no price
     request_id, finish_reason           as the server gave them

@@ -91,6 +91,7 @@ def weighted(values: Any) -> dict[str, float]:
     return weights
 
 
+@cache
 def answer_schema(model: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema that asks a server for an answer, in the strict form of structured output."""
     schema = model.model_json_schema()
