@@ -52,8 +52,8 @@ class Model:
         self.outcomes: Counter[str] = Counter()
         self.state = LLMockState(
             ChaosSettings(error_rates=dict.fromkeys((429, 500, 503), faults) if faults else {}).validated(),
-            journal=Journal(200_000),
         )
+        self.state.journal = Journal(1_000_000)  # the constructor takes an empty journal for none
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["path"] == "/_stats":

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import openai
 from openai.types.chat import ChatCompletion
 
-from .client import Answer, ChatClient, read_completion
+from ..errors import InputError
+from .client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from .job import Job
 from .plan import Request
 from .store import read_rows
@@ -48,6 +50,7 @@ class BatchExecutor:
     def __init__(self, job: Job, client: ChatClient, poll_seconds: float = 30.0) -> None:
         self.job = job
         self.client = client
+        self.api = client.openai.with_options(max_retries=MAX_TRIES)
         self.poll_seconds = poll_seconds
         self.folder = job.store.folder / "batches"
         self.folder.mkdir(exist_ok=True)
@@ -57,24 +60,32 @@ class BatchExecutor:
         self._open = [self._restore(row) for row in self._open_rows()]
 
     async def work_off(self, requests: Iterator[Request]) -> None:
-        """Answer every request of the stream; returns early when the user interrupts or a batch is refused."""
-        for batch in self._open:
-            if batch.id is None:
-                batch.id = await self._find(batch.name)
+        """Answer every request of the stream; returns early when the user interrupts or the server refuses."""
+        try:
+            for batch in self._open:
+                if batch.id is None:
+                    batch.id = await self._find(batch.name)
                 if batch.id is None:
                     await self._send(batch)
-        while True:
-            while len(self._open) < MAX_OPEN_BATCHES and (made := self._next_batch(requests)):
-                self._open.append(made)
-                await self._send(made)
-            if not self._open:
-                return
-            for waiting in list(self._open):
-                status = await self.client.openai.batches.retrieve(waiting.id or "")
-                if status.status in _FINISHED:
-                    await self._collect(waiting, status)
-            if self._open and not self._again and not await self._wait():
-                return
+            while True:
+                while len(self._open) < MAX_OPEN_BATCHES and (made := self._next_batch(requests)):
+                    self._open.append(made)
+                    await self._send(made)
+                if not self._open or not (await self._collect_finished() or await self._wait()):
+                    return
+        except openai.NotFoundError as error:
+            raise InputError(f"--mode batch: this server has no Batch API ({error})") from None
+        except openai.APIError as error:
+            raise Unavailable(f"Batch API: {error}") from None
+
+    async def _collect_finished(self) -> bool:
+        """Collect what is ready; False if nothing is."""
+        before = len(self._open)
+        for batch in list(self._open):
+            status = await self.api.batches.retrieve(batch.id or "")
+            if status.status in _FINISHED:
+                await self._collect(batch, status)
+        return len(self._open) < before
 
     async def _wait(self) -> bool:
         """Sleep until the next look; False as soon as the user interrupts."""
@@ -92,7 +103,7 @@ class BatchExecutor:
         model = None
         others: list[tuple[Request, int]] = []
         while len(batch.requests) < REQUESTS_PER_BATCH and len(others) < REQUESTS_PER_BATCH:
-            if not self.job.budget.is_open():
+            if not self.job.budget.is_open() or self.job.budget.is_full():
                 break
             if self._again:
                 request, attempt = self._again.pop()
@@ -132,7 +143,8 @@ class BatchExecutor:
             line = {"custom_id": request.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         content = io.BytesIO("".join(lines).encode())
-        file = await self.client.openai.files.create(file=(f"{batch.name}.jsonl", content), purpose="batch")
+        file = await self.api.files.create(file=(f"{batch.name}.jsonl", content), purpose="batch")
+        # Not retried: a batch that was made while its reply got lost would be paid twice. The next run looks for it.
         created = await self.client.openai.batches.create(
             input_file_id=file.id,
             endpoint="/v1/chat/completions",
@@ -144,14 +156,14 @@ class BatchExecutor:
 
     async def _find(self, name: str) -> str | None:
         """Return the id of the batch of that name on the server, if there is one."""
-        page = await self.client.openai.batches.list(limit=100)
+        page = await self.api.batches.list(limit=100)
         return next((batch.id for batch in page.data if (batch.metadata or {}).get(_NAME_KEY) == name), None)
 
     async def _collect(self, batch: _Batch, status: Any) -> None:
         """Take over the answers of a finished batch, and queue what needs another attempt."""
         answers: dict[str, Answer] = {}
         for file_id in filter(None, (status.output_file_id, status.error_file_id)):
-            content = await self.client.openai.files.content(file_id)
+            content = await self.api.files.content(file_id)
             answers.update(_read_answer(json.loads(line)) for line in content.text.splitlines() if line.strip())
         if status.status == "failed" and not answers:
             errors = [error.message for error in (status.errors.data if status.errors else None) or []]
@@ -160,7 +172,7 @@ class BatchExecutor:
             await asyncio.gather(
                 *(self._keep(*entry, answers.get(key, _missing(status))) for key, entry in batch.requests.items())
             )
-        self.job.budget.finish(batch.tokens, batch.usd)
+        self.job.budget.finish(batch.tokens, batch.usd, len(batch.requests))
         self._under_way.difference_update(batch.requests)
         self._open.remove(batch)
         self._note(batch.name, "collected")

@@ -28,7 +28,7 @@ from .taxonomy import Text
 
 
 MAX_TRIES = 8
-FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds; doubles from one to the other
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds; doubles from one to the other
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more is left until later
 _PROBE_TRIES = 5  # a wrong address should not take a minute to show
 _RETRYABLE = {408, 409, 425, 429}  # and every 5xx
@@ -147,7 +147,7 @@ class ChatClient:
             wait = max(self._requests.reserve(1), self._tokens.reserve(expected))
             if wait:
                 await asyncio.sleep(wait)
-            delay = min(FIRST_DELAY * 2 ** (attempt - 1), LONGEST_DELAY) * random.uniform(0.75, 1.25)
+            delay = min(FIRST_DELAY * 2 ** (attempt - 1), LONGEST_DELAY) * random.uniform(1, 1.25)
             dialect = self.dialect(call.model)
             try:
                 # `post` instead of `chat.completions.create`: the same request without half its processor time.

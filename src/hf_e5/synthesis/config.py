@@ -28,6 +28,7 @@ class SynthesisConfig(BaseModel):
         task_types: new types, or changes to the built-in ones (`taxonomy.TaskType`).
         models: model names and their shares of the calls.
         languages: ISO codes (a list means equal shares, a mapping gives them); the paper's 93 when left out.
+        language_names: English names of further languages by ISO code.
         document_languages: the same for the documents of bilingual types; `languages` when left out.
         domains: topics that seed brainstorms and one-step examples.
         examples_per_task: examples written for each brainstormed task; the paper has about two.
@@ -45,6 +46,7 @@ class SynthesisConfig(BaseModel):
     models: dict[str, float] = {}
     languages: dict[str, float] = {}
     document_languages: dict[str, float] = {}
+    language_names: dict[str, str] = {}
     domains: list[str] = []
     examples_per_task: int = Field(2, ge=1)
     system_prompt: str | None = None
@@ -60,14 +62,6 @@ class SynthesisConfig(BaseModel):
     @classmethod
     def _weigh(cls, values: Any) -> dict[str, float]:
         return weighted(values) if values else {}
-
-    @field_validator("languages", "document_languages")
-    @classmethod
-    def _known_languages(cls, languages: dict[str, float]) -> dict[str, float]:
-        for code in languages:
-            if code not in load_languages():
-                raise ValueError(f"{code!r} is no known ISO code (src/hf_e5/synthesis/data/languages.tsv lists them)")
-        return languages
 
     def model_post_init(self, _: Any) -> None:
         mixture = self.mixture or {name: task.weight for name, task in self.task_types.items()}
@@ -86,6 +80,8 @@ class SynthesisConfig(BaseModel):
         }
         for name, value in filled.items():
             object.__setattr__(self, name, value)
+        for code in {*self.languages, *self.document_languages}:
+            self.language_name(code)
         for name in self.mixture:
             self._check_task_type(name, self.task_types[name])
 
@@ -125,8 +121,20 @@ class SynthesisConfig(BaseModel):
         except TemplateError as error:
             raise InputError(f"template {template}: {error}") from None
 
-    def language_names(self, code: str, document_code: str) -> dict[str, str]:
-        return {"language": language_name(code), "document_language": language_name(document_code)}
+    def language_name(self, code: str) -> str:
+        """Return the English name of a language, as prompts have it.
+
+        Raises:
+            ValueError: it is neither one of the 93 nor in `language_names`.
+        """
+        if code in self.language_names:
+            return self.language_names[code]
+        try:
+            return language_name(code)
+        except KeyError:
+            raise ValueError(
+                f"languages: {code!r} is not known; name it, `language_names: {{{code}: NAME}}`"
+            ) from None
 
 
 def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrides: Any) -> SynthesisConfig:

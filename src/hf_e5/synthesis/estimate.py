@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-from .languages import language_name
 from .plan import Plan, Task
 from .prices import BATCH_DISCOUNT, cost_of, find_price
 
@@ -28,7 +27,7 @@ def describe_plan(plan: Plan, max_examples: int | None = None) -> str:
 
     weights = config.languages
     top = sorted(weights, key=lambda code: -weights[code])
-    shares = [f"{language_name(code)} {weights[code] / sum(weights.values()):.1%}" for code in top[:15]]
+    shares = [f"{config.language_name(code)} {weights[code] / sum(weights.values()):.1%}" for code in top[:15]]
     more = f", and {len(top) - 15} more" if len(top) > 15 else ""
     lines += ["", f"{len(top)} languages: {', '.join(shares)}{more}", ""]
 

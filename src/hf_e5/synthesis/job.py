@@ -150,12 +150,14 @@ class Job:
         return final
 
     async def keep_probe(self, call: Call, answer: Answer) -> None:
-        """Write what the answer to a probe cost."""
+        """Write what the answer to a probe cost; it is asked online in every mode."""
+        usd = self._cost(call.model, answer.prompt_tokens, answer.completion_tokens)
         await self.store.append(
             {
                 "id": call.id,
                 **dict.fromkeys(("task_type", "language", "document_language")),
                 **self._log_line(call.model, call.attempt, True, None, answer),
+                "cost": None if usd is None else usd / self.price_factor,
                 "raw": answer.text,
             }
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from .client import ChatClient, Unavailable
+from .client import ChatClient
 from .job import Job
 from .plan import Request
 
@@ -27,15 +27,14 @@ class OnlineExecutor:
             self.job.budget.stop(str(error), failed=True)
             # The others bring home what is paid for.
             await asyncio.gather(*workers, return_exceptions=True)
-            if not isinstance(error, Unavailable):
-                raise
+            raise
 
     async def _work(self, requests: Iterator[Request]) -> None:
         # All workers draw from one iterator: nothing is queued, whatever the size of the plan.
-        while self.job.budget.is_open() and (request := next(requests, None)) is not None:
+        while await self.job.budget.has_room() and (request := next(requests, None)) is not None:
             attempt, last = self.job.attempts(request)
             done = False
-            while not done and self.job.budget.is_open():
+            while not done and await self.job.budget.has_room():
                 call = self.job.call(request, attempt)
                 expected = sum(call.expected_tokens), self.job.expected_usd(call)
                 self.job.budget.start(*expected)

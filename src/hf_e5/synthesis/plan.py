@@ -147,7 +147,10 @@ class Plan:
             values: dict[str, Any] = {**request.placeholders, "examples": shown, "num_tasks": brainstorm.num_tasks}
             content = self.config.render(brainstorm.template, **values)
         else:
-            names = self.config.language_names(request.language or "", request.document_language or "")
+            names = {
+                "language": self.config.language_name(request.language or ""),
+                "document_language": self.config.language_name(request.document_language or ""),
+            }
             values = {**request.placeholders, **names, "instruction": request.instruction, "fields": task.fields}
             content = self.config.render(task.template, **values)
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []

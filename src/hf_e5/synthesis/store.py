@@ -100,6 +100,11 @@ class AnswerStore:
             self._log.close()
             raise
 
+    @property
+    def tokens(self) -> int:
+        """All tokens paid for."""
+        return self.prompt_tokens + self.completion_tokens
+
     async def append(self, row: dict[str, Any]) -> None:
         """Write one answer; returns when it is on the disk."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

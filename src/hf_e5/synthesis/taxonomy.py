@@ -64,7 +64,7 @@ class TaskType(_Settings):
     @field_validator("placeholders", mode="before")
     @classmethod
     def _weigh(cls, placeholders: dict[str, Any]) -> dict[str, dict[str, float]]:
-        return {name: weighted(values) for name, values in placeholders.items()}
+        return {name: weighted(values, name) for name, values in placeholders.items()}
 
     @cached_property
     def answer_model(self) -> type[BaseModel]:
@@ -79,15 +79,15 @@ class TaskList(BaseModel):
     tasks: list[Text]
 
 
-def weighted(values: Any) -> dict[str, float]:
+def weighted(values: Any, name: str = "values") -> dict[str, float]:
     """Turn a list of values (equal weights) or a mapping of values to weights into the latter, keys as strings."""
     if isinstance(values, list):
         values = dict.fromkeys(map(str, values), 1.0)
     if not isinstance(values, dict) or not values:
-        raise ValueError("expected a list of values, or a mapping of values to weights")
+        raise ValueError(f"{name}: expected a list of values, or a mapping of values to weights")
     weights = {str(value): float(weight) for value, weight in values.items()}
     if min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise ValueError("weights must not be negative, and one must be positive")
+        raise ValueError(f"{name}: weights must not be negative, and one must be positive")
     return weights
 
 
