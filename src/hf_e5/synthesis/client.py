@@ -168,10 +168,10 @@ class ChatClient:
                 if failure.status_code not in _RETRYABLE and failure.status_code < 500:
                     return Answer(error=error, final=True, request_id=failure.request_id)
                 delay = max(delay, _retry_after(failure.response.headers))
-            except openai.APITimeoutError:
-                error = f"timeout: no answer in {self.config.timeout:g} s"
             except openai.APIConnectionError as failure:
-                error = f"connection: {_short(str(failure.__cause__ or failure))}"
+                cause = failure.__cause__ or failure
+                timed_out = isinstance(failure, openai.APITimeoutError) and "Connect" not in type(cause).__name__
+                error = f"timeout: {self.config.timeout:g} s" if timed_out else f"connection: {_short(str(cause))}"
             except (openai.APIError, ValueError) as failure:  # a body that is no JSON, or no chat completion
                 error = f"body: {_short(str(failure))}"
             if delay > LONGEST_WAIT:

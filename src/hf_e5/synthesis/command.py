@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_usd", type=float, metavar="USD", help="stop when the folder has cost this much")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="stop when the folder has used this many tokens")
     parser.add_argument("--seed", type=int, default=0, help="the same seed plans the same requests (default: 0)")
-    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="requests at once (default: 32)")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests at once (default: 64)")
     parser.add_argument("--requests_per_minute", type=float, metavar="N")
     parser.add_argument("--tokens_per_minute", type=float, metavar="N")
     parser.add_argument(

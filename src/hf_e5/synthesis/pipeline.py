@@ -54,7 +54,7 @@ class SynthesisOptions:
     max_examples: int | None = None
     max_usd: float | None = None
     max_tokens: int | None = None
-    concurrency: int = 32
+    concurrency: int = 64
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     mode: Literal["online", "batch"] = "online"
