@@ -115,6 +115,13 @@ class ChatClient:
         Raises:
             Unavailable: the server does not answer.
         """
+        try:
+            self.dialects[model] = await self._climb_down(model, report)
+        except BaseException:
+            self.dialects.pop(model, None)  # half a probe is no knowledge
+            raise
+
+    async def _climb_down(self, model: str, report: Callable[[Call, Answer], Awaitable[None]]) -> Dialect:
         messages = [{"role": "user", "content": "What is the capital of France? (json)"}]
         for structured in LADDER[:-1]:
             self.dialects[model] = replace(self.dialect(model), structured=structured)
@@ -125,8 +132,8 @@ class ChatClient:
                 raise Unavailable(f"{self.base_url or 'the OpenAI API'}: {answer.error}")
             await report(call, answer)
             if self.dialect(model).structured == structured and _is_json(answer, structured):
-                return
-        self.dialects[model] = replace(self.dialect(model), structured=LADDER[-1])
+                return self.dialect(model)
+        return replace(self.dialect(model), structured=LADDER[-1])
 
     def dialect(self, model: str) -> Dialect:
         return self.dialects.get(model, Dialect())

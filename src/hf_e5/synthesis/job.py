@@ -52,7 +52,9 @@ class Job:
         self.budget = budget
         self.max_examples = max_examples
         self.price_factor = price_factor
-        self.progress = tqdm(unit="request", file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+        # A line that moves on a terminal, a line every half minute in a log file.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.progress = tqdm(unit="request", dynamic_ncols=True, mininterval=interval, maxinterval=2 * interval)
 
     def rounds(self) -> Iterator[Iterator[Request]]:
         """Yield streams of requests; each must be worked off before the next is taken."""

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -128,23 +128,27 @@ def make_plan(config: SynthesisConfig, options: SynthesisOptions) -> Plan:
 
 
 async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> SynthesisResult:
-    config = plan.config
-    client = ChatClient(
-        options.base_url,
-        config,
-        requests_per_minute=options.requests_per_minute,
-        tokens_per_minute=options.tokens_per_minute,
-    )
-    identity = {"configuration": config.fingerprint, "seed": plan.seed, "shard": list(plan.shard)}
-    store = AnswerStore(folder, identity)
-    client.dialects.update(_load_dialects(folder, client.base_url))
-    budget = Budget(store, options.max_usd, options.max_tokens)
-    batched = options.mode == "batch"
-    job = Job(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
-    if options.retry_failures:
-        store.reopen_failures()
-    _stop_on_signals(budget)
-    try:
+    config, batched = plan.config, options.mode == "batch"
+    async with AsyncExitStack() as stack:
+        client = ChatClient(
+            options.base_url,
+            config,
+            requests_per_minute=options.requests_per_minute,
+            tokens_per_minute=options.tokens_per_minute,
+        )
+        stack.push_async_callback(client.close)
+        identity = {"configuration": config.fingerprint, "seed": plan.seed, "shard": list(plan.shard)}
+        store = AnswerStore(folder, identity)
+        stack.callback(store.close)
+        stack.push_async_callback(store.drain)
+        if options.retry_failures:
+            store.reopen_failures()
+        budget = Budget(store, options.max_usd, options.max_tokens)
+        job = Job(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
+        stack.callback(job.progress.close)
+        client.dialects.update(_load_dialects(folder, client.base_url))
+        stack.callback(_save_dialects, folder, client)
+        _stop_on_signals(budget)
         try:
             for model in config.models:
                 if model not in client.dialects and budget.is_open():
@@ -159,13 +163,6 @@ async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> Synthesis
                 await executor.work_off(requests)
         except Unavailable as error:
             budget.stop(str(error), failed=True)
-        finally:
-            _save_dialects(folder, client)
-            await store.drain()
-            await client.close()
-    finally:
-        job.progress.close()
-        store.close()
     return SynthesisResult(
         folder=folder,
         planned=job.num_examples,
