@@ -132,6 +132,14 @@ def test_a_wrong_key_model_or_address_is_told_at_once(llmock, status):
     assert len(llmock.requests) == 1
 
 
+def test_a_key_that_the_server_echoes_is_not_told(llmock, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    llmock.fail(401, message="Wrong API key: sk-very-secret")
+    with pytest.raises(InputError) as caught:
+        ask(llmock.base_url())
+    assert "secret" not in str(caught.value)
+
+
 def test_a_spent_quota_stops(llmock):
     llmock.fail(429, code="insufficient_quota")
     with pytest.raises(Unavailable, match="quota"):

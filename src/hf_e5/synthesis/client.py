@@ -76,10 +76,12 @@ class ChatClient:
     Args:
         base_url: the server's address, for example `http://localhost:8000/v1`; OpenAI's own when None.
         config: sampling settings, and the seconds to wait for an answer.
-        dialects: what earlier runs learned, by model.
         requests_per_minute, tokens_per_minute: upper limits on what is sent.
 
     The key is read from `OPENAI_API_KEY`; it is neither stored nor logged. Local servers need none.
+
+    Attributes:
+        dialects: what is known of the server, by model; filled by `probe` and by complaints.
     """
 
     def __init__(
@@ -87,17 +89,16 @@ class ChatClient:
         base_url: str | None,
         config: SynthesisConfig,
         *,
-        dialects: dict[str, Dialect] | None = None,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
+        key = os.environ.get("OPENAI_API_KEY") or ("not-needed" if base_url else None)
         if key is None:
             raise InputError("no --base_url and no OPENAI_API_KEY in the environment; set one of them")
         self.base_url = base_url
         self.config = config
-        self.dialects = dialects if dialects is not None else {}
+        self.dialects: dict[str, Dialect] = {}
         self._requests, self._tokens = Pace(requests_per_minute), Pace(tokens_per_minute)
         self.openai = openai.AsyncOpenAI(
             api_key=key, base_url=base_url, max_retries=0, timeout=config.timeout, http_client=_http_client()
@@ -162,13 +163,13 @@ class ChatClient:
                     "/chat/completions",
                     cast_to=ChatCompletion,
                     body=dialect.body(call, self.config),
-                    options={"headers": {"X-Client-Request-Id": call.id}},  # its name in the provider's logs
+                    options={"headers": {"X-Client-Request-Id": call.id.encode("ascii", "replace").decode()}},
                 )
                 answer = read_completion(completion)
                 self._tokens.correct(answer.prompt_tokens + answer.completion_tokens - expected)
                 return answer
             except openai.APIStatusError as failure:
-                error = f"http {failure.status_code}: {_short(failure.message)}"
+                error = f"http {failure.status_code}: {self._tell(failure.message)}"
                 self._raise_if_hopeless(failure)
                 if failure.status_code in (400, 422) and self._adapt(call.model, dialect, f"{failure.body} {error}"):
                     continue
@@ -178,23 +179,29 @@ class ChatClient:
             except openai.APIConnectionError as failure:
                 cause = failure.__cause__ or failure
                 timed_out = isinstance(failure, openai.APITimeoutError) and "Connect" not in type(cause).__name__
-                error = f"timeout: {self.config.timeout:g} s" if timed_out else f"connection: {_short(str(cause))}"
+                error = f"timeout: {self.config.timeout:g} s" if timed_out else f"connection: {self._tell(str(cause))}"
             except (openai.APIError, ValueError) as failure:  # a body that is no JSON, or no chat completion
-                error = f"body: {_short(str(failure))}"
+                error = f"body: {self._tell(str(failure))}"
             if delay > LONGEST_WAIT:
                 raise Unavailable(f"the server asks to wait {delay / 60:.0f} minutes ({error})")
             if attempt < tries:
                 await asyncio.sleep(delay)
         return Answer(error=f"{error} ({tries} tries)", final=True)
 
+    def _tell(self, message: str) -> str:
+        """Shorten a server's message to a line, without the key that some servers echo."""
+        return _short(message.replace(self.openai.api_key, "***"))
+
     def _raise_if_hopeless(self, failure: openai.APIStatusError) -> None:
         """Raise for what concerns every request, not this one."""
         status = failure.status_code
         if status in (401, 403, 404):
             address = self.base_url or "the OpenAI API"
-            raise InputError(f"{address} says {status}: {_short(failure.message)}; check key, --model and --base_url")
+            raise InputError(
+                f"{address} says {status}: {self._tell(failure.message)}; check key, --model and --base_url"
+            )
         if status == 402 or failure.code == "insufficient_quota":
-            raise Unavailable(f"the account's quota is used up ({_short(failure.message)})")
+            raise Unavailable(f"the account's quota is used up ({self._tell(failure.message)})")
 
     def _adapt(self, model: str, used: Dialect, complaint: str) -> bool:
         """Change the model's dialect after a complaint about a parameter; False if the complaint is about none."""
