@@ -117,7 +117,10 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.5, help="sigma of the log-normal latency")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--distilabel", metavar="PYTHON", help="interpreter of an environment with distilabel[openai]")
-    parser.add_argument("--distilabel_examples", type=int, default=500)
+    parser.add_argument(
+        "--input_batch_size", type=int, nargs="+", default=[50], help="of distilabel, whose default is 50"
+    )
+    parser.add_argument("--distilabel_examples", type=int, default=2000)
     args = parser.parse_args()
     with running_server(latency=args.latency, spread=args.spread) as url:
         print(f"{args.concurrency} requests at once, {args.latency:g} s median latency (sigma {args.spread:g})")
@@ -126,7 +129,7 @@ def main() -> None:
             ours = run_ours(url, args.examples, args.concurrency)
             print(f"ideal client {ideal:6.1f}/s   hf-e5 {ours:6.1f}/s   ratio {ours / ideal:.2f}")
         if args.distilabel:
-            for batch in (50, args.concurrency):
+            for batch in args.input_batch_size:
                 inside, whole = run_distilabel(args.distilabel, url, args.distilabel_examples, batch)
                 ours = run_ours(url, args.distilabel_examples, args.concurrency)
                 print(

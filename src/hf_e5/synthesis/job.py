@@ -82,10 +82,9 @@ class Job:
                 fruitless[name] = fruitless[name] + 1 if len(grown) - len(pools[name]) < len(calls) else 0
                 asked[name] += len(calls)
                 pools[name] = grown
+        yield self._stream("examples", self._examples(pools), self.num_examples)
         if barren := [name for name in wanted if not pools[name]]:
             self.budget.stop(f"no task could be brainstormed for {', '.join(barren)}; see failures.jsonl", failed=True)
-            return
-        yield self._stream("examples", self._examples(pools), self.num_examples)
 
     @property
     def num_examples(self) -> int:
@@ -100,10 +99,11 @@ class Job:
 
     def _examples(self, pools: dict[str, list[Task]]) -> Iterator[Request]:
         for position in self.plan.positions(self.max_examples):
+            tasks = pools.get(position.task_type)
             if self.plan.example_id(position) in self.store.done:
                 self.progress.update()
-            else:
-                yield self.plan.example(position, pools.get(position.task_type))
+            elif tasks != []:
+                yield self.plan.example(position, tasks)
 
     def _stream(self, name: str, requests: Iterable[Request], total: int) -> Iterator[Request]:
         self.progress.reset(total)
