@@ -152,7 +152,9 @@ def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrid
         where, folder = str(source), Path(source).parent
         try:
             data = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise InputError(f"{where}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{where}: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise InputError(f"{where}: expected a mapping of settings")

@@ -15,7 +15,8 @@ from .taxonomy import TaskList
 
 _CLOSING = {"{": "}", "[": "]"}
 _LIST_LINE = re.compile(r"""^[\s\[]*(?:[-*•]\s+|\d+[.)]\s+|(?=["']))["']?(.*?)["']?[\s,\]]*$""")
-_MAX_CANDIDATES = 20  # an answer opens its JSON early; the brackets of endless prose are not worth the time
+# An answer opens its JSON early; the brackets of endless prose are not worth the time.
+_MAX_CANDIDATES, _MAX_CHARACTERS = 20, 100_000
 
 
 class ParseError(ValueError):
@@ -59,6 +60,7 @@ def strip_thoughts(text: str) -> str:
 
 def _json_values(text: str) -> Iterator[Any]:
     """Yield the JSON values that begin at the first brackets of the text."""
+    text = text[:_MAX_CHARACTERS]
     for bracket in islice(re.finditer(r"[{\[]", text), _MAX_CANDIDATES):
         try:
             yield json.loads(_repair(text[bracket.start() :]), strict=False)
