@@ -83,7 +83,7 @@ class ContrastiveStep:
             batch: of [`~hf_e5.E5DataCollator`], on the model's device.
             loss_scale: 1 / gradient accumulation steps. The reported loss is not scaled.
         """
-        plan = self._plan(batch)
+        plan = self.plan(batch)
         # Activation checkpointing looks up the attention function again in the backward pass: hence around everything.
         is_packed = isinstance(plan.kept[0], Pack)
         with packed_attention_of(self.encoder.backbone) if is_packed else nullcontext():
@@ -92,7 +92,7 @@ class ContrastiveStep:
             self._backward(plan, output.grad * loss_scale, graphs, rng_states)
         return StepOutput(output.loss, output.statistics)
 
-    def _plan(self, batch: dict[str, Tensor]) -> _Plan:
+    def plan(self, batch: dict[str, Tensor]) -> Plan:
         """Cut the batch into micro-batches and decide which graphs to keep: alike on every process."""
         budget = self.args.mini_batch_num_tokens
         micro_batches = make_micro_batches(self.encoder, batch, budget)
@@ -115,7 +115,7 @@ class ContrastiveStep:
             forward_only = make_micro_batches(self.encoder, batch, budget * FORWARD_ONLY_FACTOR, texts)
             forward_only = forward_only or recomputed[:1]  # nothing but fillers
             forward_only = _fill(forward_only, self._agree(len(forward_only), 0)[0])
-        plan = _Plan(kept, recomputed, forward_only)
+        plan = Plan(kept, recomputed, forward_only)
         if not self._is_logged:
             logger.info("contrastive step: %s", plan)
             self._is_logged = True
@@ -128,7 +128,7 @@ class ContrastiveStep:
         per_token = max(num_bytes / micro_batch.num_tokens, 1)
         return int(KEEP_SHARE * free_memory(self.accelerator.device) / per_token)
 
-    def _forward(self, plan: _Plan, num_texts: int) -> tuple[Tensor, list[Tensor], list[_RandomState]]:
+    def _forward(self, plan: Plan, num_texts: int) -> tuple[Tensor, list[Tensor], list[_RandomState]]:
         """Embed all texts: [num_texts, D] fp32 detached, the kept graphs' outputs, the random states of the others."""
         graphs: list[Tensor] = []
         rng_states: list[_RandomState] = []
@@ -145,7 +145,7 @@ class ContrastiveStep:
             embeddings[micro_batch.texts] = output.detach()
         return embeddings, graphs, rng_states
 
-    def _backward(self, plan: _Plan, grad: Tensor, graphs: list[Tensor], rng_states: list[_RandomState]) -> None:
+    def _backward(self, plan: Plan, grad: Tensor, graphs: list[Tensor], rng_states: list[_RandomState]) -> None:
         """Run backward with the gradient on the embeddings [num_texts, D] as seed: first to free the kept graphs."""
         kept_texts = torch.cat([micro_batch.texts for micro_batch in plan.kept])
         surrogate = (torch.cat(graphs) * grad[kept_texts]).sum()
@@ -201,7 +201,7 @@ class ContrastiveStep:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Micro-batches whose graphs are kept, and those embedded without a graph first and with one later."""
 
     kept: list[MicroBatch]

