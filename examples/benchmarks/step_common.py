@@ -22,7 +22,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def read_rows(source: Path, count: int, seed: int = 0) -> list[dict]:
-    """`count` triplets drawn from a JSONL file, or from all parquet files of a folder (first negative of each list)."""
+    """Draw `count` triplets from a JSONL file, or from all parquet files of a folder (first negative of a list)."""
     rows: list[dict] = []
     if source.is_file():
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]

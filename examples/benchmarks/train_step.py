@@ -61,7 +61,9 @@ def main() -> None:
         best = min(peers, key=lambda setting: peers[setting]["cpu_seconds"])
         cosine = gradient_cosine(f"{folder}/ours", f"{folder}/{best}")
     ratio = {key: peers[best][key] / ours[key] for key in ("wall_seconds", "cpu_seconds", "peak_memory_gb")}
-    print(f"\nagainst its best setting ({best}): {ratio['wall_seconds']:.2f}x triplets per second by the wall's clock,")
+    print(
+        f"\nagainst its best setting ({best}): {ratio['wall_seconds']:.2f}x triplets per second by the wall's clock,"
+    )
     print(f"{ratio['cpu_seconds']:.2f}x by processor time; its peak memory is {ratio['peak_memory_gb']:.2f}x ours")
     print(f"gradient cosine {cosine:.5f}, loss {ours['loss']:.5f} and {peers[best]['loss']:.5f}")
     result = {"triplets": args.triplets, "hf-e5": ours, "sentence-transformers": peers, "best": best}
@@ -107,7 +109,7 @@ def run_peer(args: argparse.Namespace, rows: list[dict]) -> dict:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     model = load_model(args.model)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 # Texts form an attention group down to this share of its longest one: attention alone is computed on the difference.
-GROUP_TIGHTNESS = 0.8
+GROUP_TIGHTNESS = 0.9
 # An instruction is shared if that saves at least so many tokens; below, another group costs more than it saves.
 MIN_SHARED_TOKENS = 32
 
