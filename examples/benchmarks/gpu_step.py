@@ -16,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -49,7 +51,8 @@ def main() -> None:
     with torch.device("cuda"):
         backbone = MistralModel(MistralConfig(num_hidden_layers=args.layers, dtype=torch.bfloat16)).bfloat16()
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    model = E5Model(get_peft_model(backbone, lora), tokenizer=None).train()  # type: ignore[arg-type]
+    tokenizer: Any = SimpleNamespace(padding_side="right")  # the rows are token ids already
+    model = E5Model(get_peft_model(backbone, lora), tokenizer).train()
     num_parameters = sum(parameter.numel() for parameter in backbone.layers.parameters())
     batch = E5DataCollator()(make_rows(args.triplets, backbone.config.vocab_size))
     batch = {key: value.cuda() for key, value in batch.items()}
@@ -127,7 +130,7 @@ def matrix_product_rate(size: int = 8192) -> float:
 
 
 def make_rows(count: int, vocabulary: int) -> list[dict]:
-    """Queries of an instruction and a log-normal body (median 18), documents of the paper's length slots, in tokens."""
+    """Queries of an instruction and a log-normal body (median 18), documents of the paper's length slots."""
     generator = random.Random(0)
 
     def text(length: float) -> list[int]:

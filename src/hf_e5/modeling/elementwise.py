@@ -23,7 +23,7 @@ COMPILE_FROM = 2**18
 
 
 def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `function` compiled on large tensors; as it is written where compiling fails, e.g. without a C++ compiler."""
+    """Run `function` compiled on large tensors; as it is written where compiling fails (no C++ compiler, say)."""
     compiled = torch.compile(function, dynamic=True)
     is_broken = False
 

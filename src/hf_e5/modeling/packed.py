@@ -51,7 +51,7 @@ def pack_forward(backbone: PreTrainedModel | PeftModel, pack: Pack, pooling: str
 
     A shared prefix is only allowed with `last` pooling, which never reads its rows.
     """
-    decoder = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+    decoder: Any = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
     layers = _fused_layers(decoder)
     if layers is not None:
         hidden = _fused_forward(decoder, layers, pack)

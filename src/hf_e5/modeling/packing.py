@@ -1,7 +1,7 @@
 """Packs: texts of any length laid flat, one after the other, so that no linear layer ever computes on padding.
 
 A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts
-of nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand in the pack once,
+of nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand there once,
 ahead of what follows them in each text (exact for causal attention, where a prefix never sees what comes after it).
 """
 

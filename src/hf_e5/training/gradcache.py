@@ -2,11 +2,11 @@
 
 GradCache (Gao et al., 2101.06983) splits the backward pass at the embeddings. The loss needs all of them at once but
 little memory; the encoder needs much memory but treats each text alone. So: embed all texts in micro-batches, compute
-the loss and its gradient on the embeddings, then run backward one micro-batch at a time, seeded with that gradient. The
-sum of these backward passes is exactly the gradient of the whole batch.
+the loss and its gradient on the embeddings, then run backward one micro-batch at a time, seeded with that gradient.
+The sum of these backward passes is exactly the gradient of the whole batch.
 
-What this version does differently from others is described in docs/contrastive_step.md: micro-batches are packs free of
-padding, and the graphs of as many of them as memory allows are kept instead of computed a second time.
+What this version does differently from others is described in docs/contrastive_step.md: micro-batches are packs
+without padding, and the graphs of as many as memory allows are kept instead of computed a second time.
 """
 
 from __future__ import annotations
