@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder, Hub id or .gguf file (default: SmolLM2-135M)")
     parser.add_argument("--peer", choices=["sentence-transformers"], default="sentence-transformers")
     parser.add_argument("--peer_settings", nargs="+", default=PEER_SETTINGS, help="of its loss; the best one counts")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of both sides")
     parser.add_argument("--mini_batch_num_tokens", type=int, default=4096, help="ours")
     parser.add_argument("--keep_graph_num_tokens", default="auto", help="ours")
     parser.add_argument("--output", help="write the result as JSON")
@@ -48,6 +49,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         common = ["--triplets", str(args.triplets), "--data", str(args.data), "--model", args.model]
+        common += ["--dtype", args.dtype]
         ours_options = ["--mini_batch_num_tokens", str(args.mini_batch_num_tokens)]
         ours_options += ["--keep_graph_num_tokens", args.keep_graph_num_tokens]
         ours = run_child(__file__, *common, *ours_options, "--side", "hf-e5", "--grads", f"{folder}/ours")
@@ -66,7 +68,13 @@ def main() -> None:
     )
     print(f"{ratio['cpu_seconds']:.2f}x by processor time; its peak memory is {ratio['peak_memory_gb']:.2f}x ours")
     print(f"gradient cosine {cosine:.5f}, loss {ours['loss']:.5f} and {peers[best]['loss']:.5f}")
-    result = {"triplets": args.triplets, "hf-e5": ours, "sentence-transformers": peers, "best": best}
+    result = {
+        "triplets": args.triplets,
+        "dtype": args.dtype,
+        "hf-e5": ours,
+        "sentence-transformers": peers,
+        "best": best,
+    }
     save_result(args.output, {**result, "ratio": ratio, "gradient_cosine": cosine})
 
 
@@ -83,8 +91,8 @@ def run_ours(args: argparse.Namespace, rows: list[dict]) -> dict:
         mini_batch_num_tokens=args.mini_batch_num_tokens,
         keep_graph_num_tokens=args.keep_graph_num_tokens,
     )
-    accelerator = Accelerator(mixed_precision="bf16")
-    model = load_model(args.model)
+    accelerator = Accelerator(mixed_precision="bf16" if args.dtype == "bfloat16" else "no")
+    model = load_model(args.model, getattr(torch, args.dtype))
     batch = E5DataCollator()(list(tokenize_dataset(Dataset.from_list(rows), model.tokenizer)))
     step = ContrastiveStep(accelerator.prepare(model), settings, accelerator)
     warm_up = E5DataCollator()(list(tokenize_dataset(Dataset.from_list(rows[:8]), model.tokenizer)))
@@ -112,7 +120,7 @@ def run_peer(args: argparse.Namespace, rows: list[dict]) -> dict:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    model = load_model(args.model)
+    model = load_model(args.model, getattr(torch, args.dtype))
     with tempfile.TemporaryDirectory() as folder:
         model.backbone.get_base_model().config.save_pretrained(folder)  # architecture only: the model replaces it
         torch.save({}, Path(folder) / "pytorch_model.bin")
@@ -133,14 +141,15 @@ def run_peer(args: argparse.Namespace, rows: list[dict]) -> dict:
         }
         for row in rows
     ]
+    is_bf16 = args.dtype == "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
-        arguments = Arguments(folder, per_device_train_batch_size=args.triplets, bf16=True, use_cpu=True)
+        arguments = Arguments(folder, per_device_train_batch_size=args.triplets, bf16=is_bf16, use_cpu=True)
         trainer = SentenceTransformerTrainer(student, arguments, Dataset.from_list(columns), loss=loss)
         prepared = trainer.accelerator.prepare(student)
         batch = next(iter(trainer.get_train_dataloader()))
         small = SentenceTransformerTrainer(
             student,
-            Arguments(folder, per_device_train_batch_size=8, bf16=True, use_cpu=True),
+            Arguments(folder, per_device_train_batch_size=8, bf16=is_bf16, use_cpu=True),
             Dataset.from_list(columns[:8]),
             loss=loss,
         )
