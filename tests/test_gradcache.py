@@ -1,12 +1,17 @@
 """The step against plain autograd: one joint backward of a padded forward in float64 (invariant 3)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from step_reference import arguments, make_model, make_rows, reference, relative_error, run_step
 
 from hf_e5.data.collator import E5DataCollator
+from hf_e5.errors import InputError
 from hf_e5.modeling import packed
+from hf_e5.training import gradcache
 from hf_e5.training.gradcache import ContrastiveStep
 
 
@@ -146,3 +151,22 @@ def test_statistics(model):
     assert 0 <= values["accuracy"] <= values["mrr"] <= 1
     assert all(-1 <= values[f"{kind}_similarity"] <= 1 for kind in ("positive", "negative", "hard_negative"))
     assert 0 < values["num_negatives"] < 18
+
+
+def test_auto_keeps_what_the_free_memory_allows(model, monkeypatch):
+    """From nothing but the first micro-batch to everything, as memory grows; the gradient stays the same."""
+    batch = E5DataCollator()(make_rows(11))
+    grads = {}
+    for free in (0, 3_000_000, 10**12):
+        monkeypatch.setattr(gradcache, "free_memory", lambda device, free=free: free)
+        step = ContrastiveStep(model, arguments(keep_graph_num_tokens="auto"), Accelerator(cpu=True))
+        plan = step.plan(batch)
+        grads[len(plan.recomputed)] = run_step(model, batch, keep_graph_num_tokens="auto")[1]
+    recomputed = list(grads)
+    assert recomputed == sorted(recomputed, reverse=True) and recomputed[-1] == 0 and len(set(recomputed)) == 3
+    assert relative_error(grads[recomputed[0]], grads[0]) < 1e-6
+
+
+def test_fsdp_is_refused(model):
+    with pytest.raises(InputError, match="FSDP is not supported"):
+        ContrastiveStep(model, arguments(), SimpleNamespace(distributed_type=DistributedType.FSDP))

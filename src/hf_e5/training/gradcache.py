@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import InputError
 from ..modeling.encoder import E5Model
 from ..modeling.packed import packed_attention_of
 from ..modeling.packing import Pack
@@ -41,6 +42,13 @@ logger = logging.getLogger(__name__)
 FORWARD_ONLY_FACTOR = 4
 # Share of the free memory that "auto" gives to kept graphs; the rest is for the backward pass and the optimizer.
 KEEP_SHARE = 0.6
+# Where the step is known to be exact.
+SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,16 @@ class ContrastiveStep:
         model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP or DeepSpeed engine).
         args: [`~hf_e5.E5TrainingArguments`].
         accelerator: runs backward, and so owns loss scaling, gradient synchronisation and ZeRO.
+
+    Raises:
+        InputError: The accelerator distributes in a way for which the step is not known to be exact (FSDP).
     """
 
     def __init__(self, model: nn.Module, args: Any, accelerator: Accelerator):
+        if accelerator.distributed_type not in SUPPORTED:
+            raise InputError(
+                f"training under {accelerator.distributed_type.value} is not supported: use DDP or DeepSpeed"
+            )
         self.model, self.args, self.accelerator = model, args, accelerator
         self.encoder: E5Model = accelerator.unwrap_model(model)
         self.objective = ContrastiveObjective(
@@ -126,7 +141,11 @@ class ContrastiveStep:
         with self._no_sync(), torch.random.fork_rng():
             num_bytes = graph_bytes(lambda: self._embed(micro_batch), self.encoder)
         per_token = max(num_bytes / micro_batch.num_tokens, 1)
-        return int(KEEP_SHARE * free_memory(self.accelerator.device) / per_token)
+        trained = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+        # The first step comes before gradients and AdamW's two moments are allocated.
+        to_come = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        free = max(free_memory(self.accelerator.device) - to_come, 0)
+        return int(KEEP_SHARE * free / per_token)
 
     def _forward(self, plan: Plan, num_texts: int) -> tuple[Tensor, list[Tensor], list[_RandomState]]:
         """Embed all texts: [num_texts, D] fp32 detached, the kept graphs' outputs, the random states of the others."""

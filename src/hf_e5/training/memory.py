@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ CGROUP_FILES = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: on the accelerator, or in main memory within the container's limit."""
+    """Bytes that this process can still allocate: on its accelerator, or of main memory in the container's limit.
+
+    Main memory is divided among the processes of this machine.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -31,7 +35,7 @@ def free_memory(device: torch.device) -> int:
             continue
         if limit.isdigit():
             free = min(free, int(limit) - usage)
-    return max(free, 0)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def graph_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
