@@ -32,7 +32,16 @@ MAX_LENGTH = 96
 def main() -> None:
     started = time.time()
     base = find_base_model()
-    step("1. Build a dataset: train and test share no task", DATASET, "hf-e5", "build", RECORDS, DATASET)
+    step(
+        "1. Build a dataset: train and test share no task",
+        DATASET,
+        "hf-e5",
+        "build",
+        RECORDS,
+        DATASET,
+        "--test_size",
+        "0.1",
+    )
     step(
         "2. Fine-tune: LoRA, InfoNCE over in-batch and hard negatives",
         CHECKPOINT / "adapter_model.safetensors",
@@ -58,9 +67,7 @@ def main() -> None:
 
     heading("5. Search")
     search(model)
-    print(
-        f"\nDone in {(time.time() - started) / 60:.1f} minutes. The model is in {MODEL}: SentenceTransformer('{MODEL}')"
-    )
+    print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Load the model: SentenceTransformer('{MODEL}')")
 
 
 def find_base_model() -> str:
