@@ -43,5 +43,9 @@ style: $(VENV)/.dev  ## Fix style
 	$(BIN)/ruff check --fix src recipes examples tests
 	$(BIN)/ruff format src recipes examples tests
 
+bench: $(VENV)/.dev  ## Compare the contrastive step with sentence-transformers' (needs a quiet machine, 10 minutes)
+	$(BIN)/python examples/benchmarks/train_step.py --triplets 32 --peer_settings mini_batch_size=8
+	$(BIN)/python examples/benchmarks/loss_stage.py
+
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) outputs build src/*.egg-info
