@@ -14,21 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..synthesis.store import RECORD_COLUMNS
 
 
-# The fields of a record in the order of the dataset's columns; all but `negative` must be there.
-FIELDS = (
-    "id",
-    "task_type",
-    "language",
-    "document_language",
-    "instruction",
-    "query",
-    "positive",
-    "negative",
-    "placeholders",
-    "model",
-)
+# In the order of the dataset's columns; all but `negative` must be there.
+FIELDS = RECORD_COLUMNS
 OPTIONAL_FIELDS = {"negative"}
 # One instruction serves all examples of these types (paper, table 16).
 SYMMETRIC_TASK_TYPES = ("sts", "bitext")

@@ -16,23 +16,10 @@ from typing import Any
 
 from ..errors import InputError
 from .languages import load_languages
+from .store import RECORD_COLUMNS
 
 
-COLUMNS = (
-    "id",
-    "task_type",
-    "language",
-    "document_language",
-    "instruction",
-    "query",
-    "positive",
-    "negative",
-    "placeholders",
-    "model",
-    "dropped_by",
-    "reason",
-    "line",
-)
+COLUMNS = (*RECORD_COLUMNS, "dropped_by", "reason", "line")
 
 
 @dataclass(frozen=True)
