@@ -78,6 +78,5 @@ def test_command_line(tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["training_texts"] == 2
     assert report["test_sets"][str(tmp_path / "nq.txt")]["examples"][0]["place"].endswith("train.jsonl: text 1")
-    with pytest.raises(SystemExit, match="2"):
-        main(["contamination", str(tmp_path / "nowhere.txt"), "--test_sets", str(tmp_path / "nq.txt")])
+    assert main(["contamination", str(tmp_path / "nowhere.txt"), "--test_sets", str(tmp_path / "nq.txt")]) == 2
     assert "nowhere.txt: no such file" in capsys.readouterr().err
