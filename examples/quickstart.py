@@ -5,6 +5,7 @@ that, and compares it with the untrained model on tasks that were not trained on
 remove outputs/quickstart to start anew.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -32,28 +33,16 @@ MAX_LENGTH = 96
 def main() -> None:
     started = time.time()
     base = find_base_model()
-    step(
-        "1. Build a dataset: train and test share no task",
-        DATASET,
-        "hf-e5",
-        "build",
-        RECORDS,
-        DATASET,
-        "--test_size",
-        "0.1",
-    )
-    step(
-        "2. Fine-tune: LoRA, InfoNCE over in-batch and hard negatives",
-        CHECKPOINT / "adapter_model.safetensors",
-        "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16",
-        "--dynamo_backend", "no", "recipes/train_mistral.py", "--config", "recipes/configs/smollm2_135m_cpu.yaml",
-        "--model_name_or_path", base, "--dataset_name", DATASET, "--output_dir", CHECKPOINT,
-    )  # fmt: skip
-    step(
-        "3. Export for sentence-transformers, checked against the checkpoint",
-        MODEL,
-        "hf-e5", "export", CHECKPOINT, MODEL, "--merge", "--dtype", "bfloat16", "--max_seq_length", str(MAX_LENGTH),
-    )  # fmt: skip
+    step("1. Build a dataset: train and test share no task", DATASET,
+         "hf-e5", "build", RECORDS, DATASET, "--test_size", "0.1")  # fmt: skip
+    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16"]
+    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]
+    step("2. Fine-tune: LoRA, InfoNCE over in-batch and hard negatives", CHECKPOINT / "adapter_model.safetensors",
+         *launch, "recipes/train_mistral.py", "--config", "recipes/configs/smollm2_135m_cpu.yaml",
+         "--model_name_or_path", base, "--dataset_name", DATASET, "--output_dir", CHECKPOINT)  # fmt: skip
+    step("3. Export for sentence-transformers, checked against the checkpoint", MODEL,
+         "hf-e5", "export", CHECKPOINT, MODEL, "--merge", "--dtype", "bfloat16",
+         "--max_seq_length", str(MAX_LENGTH))  # fmt: skip
 
     heading("4. Compare on the test split: tasks never trained on")
     rows = load_dataset(str(DATASET), split="test")
