@@ -187,7 +187,7 @@ def test_a_type_without_tasks_does_not_hold_up_the_others(tmp_path, llmock):
     config = {"num_examples": 10, "mixture": {"short_long": 1, "sts": 1}, "answer_attempts": 1}
     run(tmp_path, llmock.base_url(), config, max_usd=1e-9)  # the probe only
     llmock.reply("I have no ideas.", times=3)
-    result = run(tmp_path, llmock.base_url(), config)
+    result = run(tmp_path, llmock.base_url(), config, concurrency=1)
     assert (result.examples, result.failed) == (5, True)
     assert "short_long" in result.reason
     assert {record["task_type"] for record in rows(tmp_path)} == {"sts"}

@@ -10,7 +10,7 @@ from hf_e5.errors import InputError
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.estimate import describe_plan
 from hf_e5.synthesis.languages import load_languages
-from hf_e5.synthesis.plan import Plan, Task, apportion, unique_tasks
+from hf_e5.synthesis.plan import Plan, Task, apportion
 
 
 TASKS = [Task("Given a question, find its answer.", "science"), Task("Given a title, find the paper.", "law")]
@@ -144,11 +144,6 @@ def test_brainstorms_show_shuffled_examples_and_visit_every_domain():
     prompts = {plan.messages(call)[0]["content"] for call in calls}
     assert len(prompts) == 6
     assert all("about 20 strings" in prompt for prompt in prompts)
-
-
-def test_pools_are_deduplicated():
-    lists = [(["Find x.", "find  X", "Find y."], "law"), (["Find y", "Find z."], "art")]
-    assert unique_tasks(lists) == [Task("Find x.", "law"), Task("Find y.", "law"), Task("Find z.", "art")]
 
 
 def test_apportion_adds_up():

@@ -51,9 +51,7 @@ def memory(kind: str) -> float:
 async def work_off(plan: Plan, folder: Path, limit: int | None) -> AnswerStore:
     store = AnswerStore(folder)
     job = Job(plan, store, Budget(store), limit)
-    executor = OnlineExecutor(job, Instant(), concurrency=256)
-    for requests in job.rounds():
-        await executor.work_off(requests)
+    await OnlineExecutor(job, Instant(), concurrency=256).work_off(job.requests())
     store.close()
     return store
 

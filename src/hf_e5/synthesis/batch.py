@@ -59,8 +59,8 @@ class BatchExecutor:
         self._under_way: set[str] = set()
         self._open = [self._restore(row) for row in self._open_rows()]
 
-    async def work_off(self, requests: Iterator[Request]) -> None:
-        """Answer every request of the stream; returns early when the user interrupts or the server refuses."""
+    async def work_off(self, requests: Iterator[Request | None]) -> None:
+        """Answer every request of the stream (`Job.requests`); returns early when the user interrupts."""
         try:
             for batch in self._open:
                 if batch.id is None:
@@ -97,8 +97,8 @@ class BatchExecutor:
             await asyncio.sleep(min(0.5, self.poll_seconds))
         return True
 
-    def _next_batch(self, requests: Iterator[Request]) -> _Batch | None:
-        """Take the next requests of one model off the stream and note them on disk."""
+    def _next_batch(self, requests: Iterator[Request | None]) -> _Batch | None:
+        """Take the next requests of one model off the stream, as far as it goes by now, and note them on disk."""
         batch = _Batch(f"{self.job.plan.seed}-{uuid.uuid4().hex[:12]}", {}, 0, 0)
         model = None
         others: list[tuple[Request, int]] = []
@@ -173,7 +173,8 @@ class BatchExecutor:
                 *(self._keep(*entry, answers.get(key, _missing(status))) for key, entry in batch.requests.items())
             )
         self.job.budget.finish(batch.tokens, batch.usd, len(batch.requests))
-        self._under_way.difference_update(batch.requests)
+        # What is asked once more stays under way: the stream may still come to it.
+        self._under_way.difference_update(key for key in batch.requests if key in self.job.store.done)
         self._open.remove(batch)
         self._note(batch.name, "collected")
         (self.folder / f"{batch.name}.jsonl").unlink()

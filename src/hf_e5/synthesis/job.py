@@ -1,15 +1,14 @@
 """One run of a plan into a folder: which requests come next, and how an answer becomes a line of the store.
 
-The plan is worked off in rounds: brainstorms until the pools are full, then all examples. A round is a lazy stream of
-requests, which an executor (`online`, `batch`) turns into answers. A run that was stopped at any moment goes through
-the same rounds again and skips what is done.
+The requests are a lazy stream, which an executor (`online`, `batch`) turns into answers. Plan and answers fix which
+requests it holds; their order also depends on when the answers come. A run that was stopped at any moment goes through
+the stream again and skips what is done.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -18,13 +17,11 @@ from .budget import Budget
 from .client import Answer
 from .dialect import Call
 from .parsing import ParseError, parse_answer
-from .plan import Plan, Request, Task, unique_tasks
+from .plan import Plan, Position, Request
+from .pool import TaskPool
 from .prices import cost_of, find_price
 from .store import AnswerStore
 from .taxonomy import TaskList
-
-
-_FRUITLESS_ROUNDS = 3
 
 
 class Job:
@@ -52,38 +49,48 @@ class Job:
         self.budget = budget
         self.max_examples = max_examples
         self.price_factor = price_factor
+        wanted = plan.num_tasks(max_examples)
+        self.pools = {name: TaskPool(plan, store, name, number) for name, number in wanted.items()}
         # A line that moves on a terminal, a line every half minute in a log file.
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self.progress = tqdm(unit="request", dynamic_ncols=True, mininterval=interval, maxinterval=2 * interval)
+        self.progress = tqdm(
+            total=self.num_examples, unit="request", dynamic_ncols=True, mininterval=interval, maxinterval=2 * interval
+        )
 
-    def rounds(self) -> Iterator[Iterator[Request]]:
-        """Yield streams of requests; each must be worked off before the next is taken."""
-        wanted = self.plan.num_tasks(self.max_examples)
-        pools: dict[str, list[Task]] = {name: [] for name in wanted}
-        asked = dict.fromkeys(wanted, 0)
-        fruitless = dict.fromkeys(wanted, 0)
-        while True:
-            requests = [
-                self.plan.brainstorm(name, asked[name] + number)
-                for name in wanted
-                if fruitless[name] < _FRUITLESS_ROUNDS
-                for number in range(self._calls_for(name, wanted[name] - len(pools[name])))
-            ]
-            if not requests:
-                break
-            yield self._stream("brainstorm", requests, len(requests))
-            if self.budget.reason is not None:
-                return
-            for name in wanted:
-                calls = [request for request in requests if request.task_type == name]
-                lists = ((self.store.tasks.get(call.id, []), call.placeholders["domain"]) for call in calls)
-                grown = unique_tasks(lists, pools[name])
-                # A model that only repeats itself must not be asked for ever.
-                fruitless[name] = fruitless[name] + 1 if len(grown) - len(pools[name]) < len(calls) else 0
-                asked[name] += len(calls)
-                pools[name] = grown
-        yield self._stream("examples", self._examples(pools), self.num_examples)
-        if barren := [name for name in wanted if not pools[name]]:
+    def requests(self) -> Iterator[Request | None]:
+        """Yield what is not done: brainstorms first, then examples in the plan's order as soon as their task is known.
+
+        None means that what is left depends on answers under way. Ends with the plan, or when the budget closes.
+        """
+        brainstorms = [pool.calls() for pool in self.pools.values()]
+        examples = {name: self._positions(name) for name in self.plan.counts}
+        heads = {name: first for name, positions in examples.items() if (first := next(positions, None))}
+        while heads and self.budget.is_open():
+            if call := next(filter(None, (next(calls, None) for calls in brainstorms)), None):
+                self.progress.total += 1
+                if call.id in self.store.done:
+                    self.progress.update()
+                else:
+                    yield call
+            elif ready := [head for head in heads.values() if self._is_ready(head)]:
+                position = min(ready)
+                name = position.task_type
+                if following := next(examples[name], None):
+                    heads[name] = following
+                else:
+                    del heads[name]
+                pool = self.pools.get(name)
+                if self.plan.example_id(position) in self.store.done:
+                    self.progress.update()
+                elif pool is None or pool.tasks:
+                    yield self.plan.example(position, pool.tasks if pool else None)
+            else:
+                yield None
+
+    def close(self) -> None:
+        """End the run: say so if the examples of a type had to be left out."""
+        self.progress.close()
+        if barren := [name for name, pool in self.pools.items() if pool.complete and not pool.tasks]:
             self.budget.stop(f"no task could be brainstormed for {', '.join(barren)}; see failures.jsonl", failed=True)
 
     @property
@@ -93,22 +100,13 @@ class Job:
         whole = len(range(number, self.config.num_examples, of))
         return whole if self.max_examples is None else min(whole, self.max_examples)
 
-    def _calls_for(self, task_type: str, missing: int) -> int:
-        brainstorm = self.config.task_types[task_type].brainstorm
-        return math.ceil(missing / brainstorm.num_tasks) if brainstorm and missing > 0 else 0
+    def _positions(self, task_type: str) -> Iterator[Position]:
+        # A pass over the plan for each type: one that waits for its tasks holds up no other, and nothing is queued.
+        return (position for position in self.plan.positions(self.max_examples) if position.task_type == task_type)
 
-    def _examples(self, pools: dict[str, list[Task]]) -> Iterator[Request]:
-        for position in self.plan.positions(self.max_examples):
-            tasks = pools.get(position.task_type)
-            if self.plan.example_id(position) in self.store.done:
-                self.progress.update()
-            elif tasks != []:
-                yield self.plan.example(position, tasks)
-
-    def _stream(self, name: str, requests: Iterable[Request], total: int) -> Iterator[Request]:
-        self.progress.reset(total)
-        self.progress.set_description(name)
-        return (request for request in requests if request.id not in self.store.done)
+    def _is_ready(self, position: Position) -> bool:
+        pool = self.pools.get(position.task_type)
+        return pool is None or pool.complete or self.plan.task_index(position) < len(pool.tasks)
 
     def attempts(self, request: Request) -> tuple[int, int]:
         """Return the number of the next attempt at a request, and of the last one it gets."""

@@ -145,7 +145,7 @@ async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> Synthesis
             store.reopen_failures()
         budget = Budget(store, options.max_usd, options.max_tokens)
         job = Job(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
-        stack.callback(job.progress.close)
+        stack.callback(job.close)
         client.dialects.update(_load_dialects(folder, client.base_url))
         stack.callback(_save_dialects, folder, client)
         _stop_on_signals(budget)
@@ -159,8 +159,7 @@ async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> Synthesis
                 if batched
                 else OnlineExecutor(job, client, options.concurrency)
             )
-            for requests in job.rounds():
-                await executor.work_off(requests)
+            await executor.work_off(job.requests())
         except Unavailable as error:
             budget.stop(str(error), failed=True)
     return SynthesisResult(

@@ -16,7 +16,7 @@ import heapq
 import math
 import random
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -97,6 +97,10 @@ class Plan:
     def example_id(self, position: Position) -> str:
         return f"{self.seed}-{position.task_type}-{position.type_index:06d}"
 
+    def task_index(self, position: Position) -> int:
+        """Return which task of its type's pool an example of a two-step type takes."""
+        return position.shard_index // self.config.examples_per_task
+
     def example(self, position: Position, tasks: list[Task] | None = None) -> Request:
         """Return the request at a position. Two-step types take their instruction and domain from `tasks`."""
         task = self.config.task_types[position.task_type]
@@ -108,7 +112,7 @@ class Plan:
             document_language = self._other_language(language, rng)
         if tasks:
             # A pool that came out short is gone through again: every task then carries a few more examples.
-            instruction, domain = tasks[position.shard_index // self.config.examples_per_task % len(tasks)]
+            instruction, domain = tasks[self.task_index(position) % len(tasks)]
         else:
             instruction, domain = task.instruction or "", rng.choice(self.config.domains)
         values = {name: _draw(weights, rng) for name, weights in task.placeholders.items()}
@@ -211,19 +215,6 @@ def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
     return counts
 
 
-def unique_tasks(answers: Iterable[tuple[list[str], str]], known: list[Task] | None = None) -> list[Task]:
-    """Join brainstormed lists, each with its domain, and drop tasks that differ only in case, spaces or full stop."""
-    tasks = list(known or [])
-    seen = {_normalise(task.instruction) for task in tasks}
-    for answer, domain in answers:
-        for text in answer:
-            key = _normalise(text)
-            if key and key not in seen:
-                seen.add(key)
-                tasks.append(Task(" ".join(text.split()), domain))
-    return tasks
-
-
 def _lattice_stride(size: int) -> int:
     """Return a stride that visits all of `size` ranks and spreads every stretch evenly.
 
@@ -241,10 +232,6 @@ def _largest_term(a: int, b: int) -> int:
         largest = max(largest, a // b)
         a, b = b, a % b
     return largest
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!")
 
 
 def _spread(name: str, count: int, order: int) -> Iterator[tuple[float, int, int, str]]:
