@@ -315,14 +315,13 @@ def test_batches_are_collected_at_half_price(tmp_path, batch_server):
 
 
 def test_batches_are_collected_later(tmp_path, batch_server, monkeypatch):
-    monkeypatch.setattr(llmock_batch, "_BATCH_DELAY", 1.5)
-
     async def leave(self):  # the user presses Ctrl-C while the first batch is under way
         self.job.budget.stop("interrupted", interrupted=True)
         return False
 
     with monkeypatch.context() as patch:
         patch.setattr(BatchExecutor, "_wait", leave)
+        patch.setattr(llmock_batch, "_BATCH_DELAY", 1.5)
         result = run(tmp_path, batch_server.base_url(), mode="batch", models=["gpt-4o", "gpt-4o-mini"])
     assert (result.examples, result.reason) == (0, "interrupted")
     sent = submitted(batch_server)

@@ -53,10 +53,10 @@ def test_answers_in_any_order_lead_to_the_same_requests(tmp_path):
     asked = []
     for number, (concurrency, wait) in enumerate([(1, 0.0), (7, 0.01), (64, 0.02)]):
         model = Model(number, wait)
-        job = work_off(tmp_path / str(number), model, concurrency, num_examples=600)
+        job = work_off(tmp_path / str(number), model, concurrency, num_examples=400)
         asked.append({call.id: call.messages for call in model.calls})
         assert len(asked[-1]) == len(model.calls)
-        assert job.store.examples == 600
+        assert job.store.examples == 400
     assert asked[0] == asked[1] == asked[2]
 
 
@@ -101,6 +101,22 @@ def test_examples_do_not_wait_for_brainstorms_that_are_not_theirs(tmp_path):
     job = work_off(tmp_path, model, 8, **settings)
     assert job.store.examples == 300
     assert [call.id for call in model.calls].index(held) >= 240
+
+
+def test_no_type_runs_far_ahead_of_one_that_waits(store):
+    """A budget may end the run at any moment; what it leaves should hold the types about in their shares."""
+    plan = Plan(load_config({"models": ["m"], "num_examples": 30_000, "mixture": {"short_long": 1, "sts": 1}}))
+    requests = Job(plan, store, Budget(store)).requests()
+    drawn = list(iter(lambda: next(requests), None))
+    brainstorms = [request for request in drawn if request.instruction is None]
+    assert drawn[: len(brainstorms)] == brainstorms
+    assert {request.task_type for request in drawn[len(brainstorms) :]} == {"sts"}
+    assert len(drawn) - len(brainstorms) == pytest.approx(1000, abs=2)  # every other place of 2,000
+    store.done.add(brainstorms[0].id)
+    store.tasks[brainstorms[0].id] = [f"Find {number}." for number in range(20)]
+    follow = list(iter(lambda: next(requests), None))
+    assert [request.task_type for request in follow].count("short_long") == 40
+    assert len(follow) == pytest.approx(80, abs=2)
 
 
 @pytest.fixture

@@ -22,18 +22,18 @@ from pathlib import Path
 import aiohttp
 from llm_server import running_server
 
-import hf_e5
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.dialect import Call, Dialect
+from hf_e5.synthesis.pipeline import synthesize
 from hf_e5.synthesis.plan import Plan, Task
 
 
 def run_ours(url: str, number: int, concurrency: int) -> float:
-    """Return examples per second of a whole run, brainstorms and probe included."""
+    """Return examples per second of a whole run, brainstorms and probe included, imports not."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         config = {"num_examples": number, "mixture": {"short_long": 1}}
-        result = hf_e5.synthesize(config, folder, models={"m": 1.0}, base_url=url, concurrency=concurrency)
+        result = synthesize(config, folder, models={"m": 1.0}, base_url=url, concurrency=concurrency)
         assert result.examples == number
         return number / (time.monotonic() - start)
 

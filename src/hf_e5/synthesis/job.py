@@ -8,7 +8,7 @@ the stream again and skips what is done.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -22,6 +22,11 @@ from .pool import TaskPool
 from .prices import cost_of, find_price
 from .store import AnswerStore
 from .taxonomy import TaskList
+
+
+# How many places of the plan a type may be ahead of one that waits for its tasks: a budget that ends the run finds the
+# types in their shares, or nearly so.
+_LARGEST_LEAD = 2000
 
 
 class Job:
@@ -72,8 +77,7 @@ class Job:
                     self.progress.update()
                 else:
                     yield call
-            elif ready := [head for head in heads.values() if self._is_ready(head)]:
-                position = min(ready)
+            elif position := self._first_ready(heads.values()):
                 name = position.task_type
                 if following := next(examples[name], None):
                     heads[name] = following
@@ -103,6 +107,11 @@ class Job:
     def _positions(self, task_type: str) -> Iterator[Position]:
         # A pass over the plan for each type: one that waits for its tasks holds up no other, and nothing is queued.
         return (position for position in self.plan.positions(self.max_examples) if position.task_type == task_type)
+
+    def _first_ready(self, heads: Collection[Position]) -> Position | None:
+        """Return the first place whose task is known, unless others must catch up."""
+        first = min(filter(self._is_ready, heads), default=None)
+        return None if first is None or first.number - min(heads).number > _LARGEST_LEAD else first
 
     def _is_ready(self, position: Position) -> bool:
         pool = self.pools.get(position.task_type)
