@@ -53,7 +53,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_DELAY", 0.1)
+    monkeypatch.setattr(client_module, "FIRST_DELAY", 0.03)
 
 
 def run(folder, url, config=None, models=("gpt-4o",), **options):
@@ -120,7 +120,7 @@ def test_shards_concatenate(tmp_path, server):
 def test_every_fault_is_accounted_for(tmp_path):
     config = {"num_examples": 150, "timeout": 1, "models": ["m"]}
     with llm_server.running_server(faults=0.05, seed=1) as url:
-        run(tmp_path, url, config, models=["m"], concurrency=96)
+        run(tmp_path, url, config, models=["m"], concurrency=32)
         served = llm_server.stats(url)
     counts = resilience.account(tmp_path, config)
     assert counts["failures"] < 30
