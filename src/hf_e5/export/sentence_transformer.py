@@ -69,8 +69,9 @@ def export_sentence_transformer(
         raise InputError(f"{checkpoint} is not a checkpoint: it holds neither {ADAPTER_CONFIG} nor config.json")
     if out.exists():
         raise InputError(f"{out} exists: remove it or choose another folder")
-    model = E5Model.from_pretrained(checkpoint, dtype=torch.float32 if merge else None)
+    model = E5Model.from_pretrained(checkpoint, dtype=torch.float32)
     backbone = model.backbone
+    stored = dtype or _checkpoint_dtype(model, checkpoint)
     if isinstance(backbone, PeftModel):
         if not merge and model.gguf_file:
             raise InputError(f"{checkpoint} was trained on a GGUF file, which needs its adapter merged: use --merge")
@@ -84,10 +85,8 @@ def export_sentence_transformer(
             raise InputError(f"the adapter in {checkpoint} changes nothing: it was not trained")
         if merge:
             model.backbone = backbone.merge_and_unload(safe_merge=True)
-            model.to(dtype or _base_dtype(backbone, model.gguf_file))
-    elif dtype is not None:
-        model.to(dtype)
-    stored = next(model.backbone.parameters()).dtype
+    if not isinstance(model.backbone, PeftModel):
+        model.to(stored)  # once, after everything is computed in fp32
 
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -143,8 +142,9 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _base_dtype(backbone: PeftModel, gguf_file: str | None) -> torch.dtype:
-    """The dtype of the base checkpoint on disk; fp32 for GGUF, whose weights were dequantised into it."""
-    if gguf_file:
+def _checkpoint_dtype(model: E5Model, checkpoint: Path) -> torch.dtype:
+    """The dtype of the full weights on disk; fp32 for GGUF, whose weights were dequantised into it."""
+    if model.gguf_file:
         return torch.float32
-    return AutoConfig.from_pretrained(base_model_name(backbone)).dtype or torch.float32
+    source = base_model_name(model.backbone) if isinstance(model.backbone, PeftModel) else checkpoint
+    return AutoConfig.from_pretrained(source).dtype or torch.float32
