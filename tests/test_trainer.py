@@ -138,6 +138,15 @@ def test_an_adapter_without_gradients_fails_loudly(tiny_checkpoint, rows, tmp_pa
         E5Trainer(model, arguments(tmp_path), train_dataset=rows).train()
 
 
+def test_the_card_names_the_model_it_started_from(tiny_checkpoint, rows, tmp_path):
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora())
+    trainer = E5Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows)
+    trainer.train()
+    trainer.create_model_card(finetuned_from="user/base")
+    card = (tmp_path / "README.md").read_text()
+    assert "fine-tuned version of [user/base]" in card and "hf-e5" in card
+
+
 def test_too_few_rows(tiny_checkpoint, rows, tmp_path):
     with pytest.raises(InputError, match="5 rows, a global batch needs 16"):
         E5Trainer(E5Model.from_pretrained(tiny_checkpoint), arguments(tmp_path), train_dataset=rows.select(range(5)))

@@ -153,6 +153,12 @@ class E5Trainer(Trainer):
         self._since = time.perf_counter()  # the time spent here is not training time
         return metrics
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card that `push_to_hub` needs; transformers cannot tell what an `E5Model` started from."""
+        kwargs.setdefault("finetuned_from", self.model.config.name_or_path)
+        kwargs.setdefault("tags", ["hf-e5", "feature-extraction", "sentence-similarity"])
+        super().create_model_card(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
