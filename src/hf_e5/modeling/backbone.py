@@ -103,6 +103,13 @@ def adapter_base(name_or_path: str, **hub: Any) -> str | None:
     return config["base_model_name_or_path"]
 
 
+def is_checkpointing(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether activations are recomputed; transformers < 5.23 has it under the older name only."""
+    if hasattr(model, "is_activation_checkpointing"):
+        return bool(model.is_activation_checkpointing)
+    return bool(model.is_gradient_checkpointing)
+
+
 def base_model_name(model: PeftModel) -> str:
     """Folder or Hub id of the model under the adapter of `model`."""
     return str(model.peft_config["default"].base_model_name_or_path)

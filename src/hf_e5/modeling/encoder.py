@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..instructions import format_query
-from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
+from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
 from .packed import pack_forward
 from .packing import Pack
 from .pooling import POOLINGS, pool
@@ -250,9 +250,7 @@ class E5Model(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
-        backbone = self.backbone
-        name = "is_activation_checkpointing"
-        return bool(getattr(backbone, name) if hasattr(backbone, name) else backbone.is_gradient_checkpointing)
+        return is_checkpointing(self.backbone)
 
     is_gradient_checkpointing = is_activation_checkpointing
 

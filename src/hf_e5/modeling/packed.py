@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .attention import NAME, packed_attention, register
+from .backbone import is_checkpointing
 from .elementwise import rotate
 from .lora import Projection, linear_residual, norm_linear, swiglu_linear_residual
 from .packing import Pack
@@ -99,7 +100,7 @@ def _fused_layers(decoder: Any) -> list[dict[str, Projection]] | None:
 def _fused_forward(decoder: Any, layers: list[dict[str, Projection]], pack: Pack) -> Tensor:
     hidden = decoder.embed_tokens(pack.input_ids)
     cos, sin = (table[0] for table in decoder.rotary_emb(hidden[None], pack.position_ids[None]))
-    checkpointing = torch.is_grad_enabled() and decoder.training and decoder.is_activation_checkpointing
+    checkpointing = torch.is_grad_enabled() and decoder.training and is_checkpointing(decoder)
     for layer, projections in zip(decoder.layers, layers, strict=True):
         arguments = (layer, projections, hidden, cos, sin, pack)
         hidden = checkpoint(_layer, *arguments, use_reentrant=False) if checkpointing else _layer(*arguments)
