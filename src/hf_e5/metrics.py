@@ -9,6 +9,7 @@ All take, per query, the ids of the retrieved documents from best to worst and t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import datasets
@@ -24,7 +25,7 @@ Args:
 _CITATION = "Wang et al. Improving Text Embeddings with Large Language Models. 2024."
 
 
-class RankingMetric(evaluate.Metric):
+class RankingMetric(evaluate.Metric, ABC):
     """Mean over the queries of a score of one ranked list; a subclass gives `name_`, `at` and `score`.
 
     Values lie in [0, 1]. A query without a relevant document is an error, because no score is defined for it.
@@ -50,8 +51,9 @@ class RankingMetric(evaluate.Metric):
             scores.append(self.score(list(ranked)[: self.at], set(relevant)))
         return {self.name_: sum(scores) / len(scores)}
 
+    @abstractmethod
     def score(self, ranked: list[int], relevant: set[int]) -> float:
-        raise NotImplementedError
+        """Score one query's ranked documents."""
 
 
 class Accuracy(RankingMetric):
@@ -81,12 +83,3 @@ class NDCG(RankingMetric):
         gain = sum(1 / math.log2(rank + 1) for rank, document in enumerate(ranked, start=1) if document in relevant)
         ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(relevant), 10) + 1))
         return gain / ideal
-
-
-class Recall(RankingMetric):
-    """Share of the relevant documents among the first 100."""
-
-    name_, at = "recall_at_100", 100
-
-    def score(self, ranked: list[int], relevant: set[int]) -> float:
-        return len(relevant.intersection(ranked)) / len(relevant)
