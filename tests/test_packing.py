@@ -31,7 +31,8 @@ def test_packs_hold_every_text_once(texts, max_tokens, share):
     assert sorted(torch.cat([pack.texts for pack in packs]).tolist()) == list(range(8))
     assert all(pack.num_tokens <= max_tokens or len(pack.texts) == 1 for pack in packs)
     if max_tokens == 10_000:
-        assert packs[0].num_tokens == lengths.sum() - (10 if share else 0)  # the prefix stands there once, not thrice
+        num_tokens = int(lengths.sum()) - (10 if share else 0)  # the prefix stands there once, not thrice
+        assert packs[0].num_tokens == -(-num_tokens // packing.ROW_STEP) * packing.ROW_STEP
     originals = input_ids.split(lengths.tolist())
     for pack in packs:
         start = 0
@@ -57,7 +58,7 @@ def test_attention_pads_little_on_real_lengths():
     torch.manual_seed(0)
     lengths = torch.distributions.LogNormal(4.5, 0.8).sample((1000,)).long().clamp(1, 512)
     packs = make_packs(torch.zeros(int(lengths.sum()), dtype=torch.int64), lengths, max_tokens=16_384)
-    assert padding_share(packs) < 0.06
+    assert padding_share(packs) < 0.08
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])

@@ -1,24 +1,22 @@
 """Causal attention over a pack (`packing.py`): memory linear in the tokens, no mask tensor, no work across texts.
 
 On CUDA in half precision it is torch's variable-length flash attention. Elsewhere it is plain matrix products over
-groups of nearly equal length, which torch's own CPU kernel does not come near in the backward pass.
+groups of like length, which torch's own CPU kernel does not come near in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .packing import Group, Pack
+from .packing import BLOCK, Group, Pack
 
 
 NAME = "hf_e5_packed"
-
-# Queries of a text per block: keys after a block's last query are never multiplied.
-BLOCK = 128
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
@@ -95,8 +93,10 @@ class _PackedAttention(torch.autograd.Function):
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in groups:
             states = _GroupStates(group, query, key, value, scale)
-            blocks = [torch.bmm(probabilities, values) for _, probabilities, values in states.blocks()]
-            output[group.start : group.stop] = states.flat_queries(blocks)
+            attended = torch.empty_like(states.queries)
+            for rows, probabilities, values in states.blocks():
+                attended[:, rows] = torch.bmm(probabilities, values)
+            states.store(attended, output)
         return output
 
     @staticmethod
@@ -106,21 +106,21 @@ class _PackedAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.empty_like(states) for states in (query, key, value))
         for group in ctx.groups:
             states = _GroupStates(group, query, key, value, ctx.scale)
-            grad_heads = states.by_head(grad_output)
+            grad_attended = states.by_head(grad_output)
+            grad_queries = torch.empty_like(states.queries)
             grad_keys, grad_values = torch.zeros_like(states.keys), torch.zeros_like(states.values)
-            grad_blocks = []
-            for block, probabilities, values in states.blocks():
+            for rows, probabilities, values in states.blocks():
                 stop = values.shape[1]
-                grad_block = states.block_of(grad_heads, block)
+                grad_block = grad_attended[:, rows]
                 grad_values[:, :stop].baddbmm_(probabilities.transpose(1, 2), grad_block)
                 grad_scores = torch.ops.aten._softmax_backward_data(
                     torch.bmm(grad_block, values.transpose(1, 2)), probabilities, -1, query.dtype
-                ).mul_(ctx.scale)
-                grad_keys[:, :stop].baddbmm_(grad_scores.transpose(1, 2), states.block_of(states.queries, block))
-                grad_blocks.append(torch.bmm(grad_scores, states.keys[:, :stop]))
-            grad_query[group.start : group.stop] = states.flat_queries(grad_blocks)
-            states.add_flat_keys(grad_keys, grad_key)
-            states.add_flat_keys(grad_values, grad_value)
+                )
+                grad_keys[:, :stop].baddbmm_(grad_scores.transpose(1, 2), states.queries[:, rows], alpha=ctx.scale)
+                grad_queries[:, rows] = _scaled_product(grad_scores, states.keys[:, :stop], ctx.scale)
+            states.store(grad_queries, grad_query)
+            states.store_with_prefix(grad_keys, grad_key)
+            states.store_with_prefix(grad_values, grad_value)
         return grad_query, grad_key, grad_value, None, None
 
 
@@ -132,60 +132,65 @@ class _GroupStates:
 
     def __init__(self, group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float):
         self.group, self.scale = group, scale
-        self.num_heads, self.kv_heads = query.shape[1], key.shape[1]
+        self.kv_heads, self.repeats = key.shape[1], query.shape[1] // key.shape[1]
         self.prefix_length = group.prefix[1] - group.prefix[0]
-        self.queries = self.by_head(query)  # [n * k, r, L, d]
+        self.queries = self.by_head(query)  # [n * k, L * r, d]
         self.keys, self.values = self._with_prefix(key), self._with_prefix(value)  # [n * k, P + L, d]
 
     def by_head(self, states: Tensor) -> Tensor:
-        """[T, heads, d] -> [n * k, heads / k, L, d]; zero where a text has ended."""
+        """[T, heads, d] -> [n * k, L * heads / k, d]; zero where a text has ended."""
         group = self.group
         rows = states[group.start : group.stop]
         if group.padded is not None:
             rows = states.new_zeros(group.num_texts * group.length, *states.shape[1:]).index_copy_(
                 0, group.padded, rows
             )
-        rows = rows.reshape(group.num_texts, group.length, self.kv_heads, -1, states.shape[-1])
-        return rows.permute(0, 2, 3, 1, 4).flatten(0, 1)
+        rows = rows.reshape(group.num_texts, group.length, self.kv_heads, -1).transpose(1, 2)
+        return rows.reshape(group.num_texts * self.kv_heads, -1, states.shape[-1])
 
     def _with_prefix(self, states: Tensor) -> Tensor:
-        own = self.by_head(states).squeeze(1)  # [n * k, L, d]
+        own = self.by_head(states)  # [n * k, L, d]
         if not self.prefix_length:
-            return own.contiguous()
+            return own
         prefix = states[slice(*self.group.prefix)].transpose(0, 1)  # [k, P, d]
         return torch.cat([prefix.repeat(self.group.num_texts, 1, 1), own], dim=1)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Per block of queries: its rows, probabilities [n * k, r * rows, P + stop], values [n * k, P + stop, d]."""
-        length = self.group.length
-        size = -(-length // -(-length // BLOCK))
-        for start in range(0, length, size):
-            stop = min(start + size, length)
+        """Per block of queries: its rows, probabilities [n * k, rows, P + stop], values [n * k, P + stop, d]."""
+        for start in range(0, self.group.length, BLOCK):
+            stop = min(start + BLOCK, self.group.length)
+            rows = slice(start * self.repeats, stop * self.repeats)
             keys, values = (states[:, : self.prefix_length + stop] for states in (self.keys, self.values))
-            query = self.block_of(self.queries, slice(start, stop))
-            scores = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=self.scale)
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-            last_keys = scores.unflatten(1, (-1, stop - start))[..., self.prefix_length + start :]
-            last_keys.masked_fill_(future, -torch.inf)
-            yield slice(start, stop), torch.softmax(scores, dim=-1), values
+            scores = _scaled_product(self.queries[:, rows], keys.transpose(1, 2), self.scale)
+            scores[..., self.prefix_length + start :] += _causal_bias(
+                stop - start, self.repeats, scores.dtype, scores.device
+            )
+            yield rows, torch.softmax(scores, dim=-1), values
 
-    def block_of(self, states: Tensor, rows: slice) -> Tensor:
-        """[n * k, r, L, d] -> [n * k, r * rows, d]"""
-        return states[:, :, rows].flatten(1, 2)
+    def store(self, states: Tensor, out: Tensor) -> None:
+        """Write the texts' `states` [n * k, L * r, d] to their rows of `out` [T, k * r, d]."""
+        group = self.group
+        rows = states.reshape(group.num_texts, self.kv_heads, group.length, -1).transpose(1, 2)
+        if group.padded is None:
+            out[group.start : group.stop] = rows.reshape(-1, *out.shape[1:])
+        else:
+            rows = rows.reshape(group.num_texts * group.length, *out.shape[1:])
+            torch.index_select(rows, 0, group.padded, out=out[group.start : group.stop])
 
-    def flat_queries(self, blocks: list[Tensor]) -> Tensor:
-        """Blocks [n * k, r * rows, d] -> [rows of the group, heads, d]"""
-        repeats = self.num_heads // self.kv_heads
-        states = torch.cat([block.unflatten(1, (repeats, -1)) for block in blocks], dim=2)  # [n * k, r, L, d]
-        states = states.unflatten(0, (-1, self.kv_heads)).permute(0, 3, 1, 2, 4)  # [n, L, k, r, d]
-        return self._unpad(states.flatten(2, 3).flatten(0, 1))
-
-    def add_flat_keys(self, grad: Tensor, out: Tensor) -> None:
-        """Write gradients [n * k, P + L, d] of own keys into `out` [T, k, d] and add those of the prefix."""
-        grad = grad.unflatten(0, (-1, self.kv_heads)).transpose(1, 2)  # [n, P + L, k, d]
+    def store_with_prefix(self, grad: Tensor, out: Tensor) -> None:
+        """Write gradients [n * k, P + L, d] of the texts' own keys into `out` [T, k, d]; add those of the prefix."""
         if self.prefix_length:
-            out[slice(*self.group.prefix)] += grad[:, : self.prefix_length].sum(dim=0)
-        out[self.group.start : self.group.stop] = self._unpad(grad[:, self.prefix_length :].flatten(0, 1))
+            by_text = grad[:, : self.prefix_length].unflatten(0, (-1, self.kv_heads))  # [n, k, P, d]
+            out[slice(*self.group.prefix)] += by_text.sum(dim=0).transpose(0, 1)
+        self.store(grad[:, self.prefix_length :], out)
 
-    def _unpad(self, rows: Tensor) -> Tensor:
-        return rows if self.group.padded is None else rows.index_select(0, self.group.padded)
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+@cache
+def _causal_bias(length: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[length * repeats, length]: -inf where a key comes after the query, else 0."""
+    bias = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return bias.repeat_interleave(repeats, dim=0)

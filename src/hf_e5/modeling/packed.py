@@ -67,8 +67,10 @@ def pack_forward(backbone: PreTrainedModel | PeftModel, pack: Pack, pooling: str
             ).last_hidden_state[0]
     if pooling == "last":
         return hidden[pack.last_rows]
-    texts = pad_sequence(list(hidden.split([segment.length for segment in pack.segments])), batch_first=True)
-    lengths = torch.tensor([segment.length for segment in pack.segments], device=hidden.device)
+    sizes = [segment.length for segment in pack.segments]
+    num_texts = len(pack.last_rows)  # the last segment may be filler
+    texts = pad_sequence(list(hidden.split(sizes)[:num_texts]), batch_first=True)
+    lengths = torch.tensor(sizes[:num_texts], device=hidden.device)
     return pool(texts, torch.arange(texts.shape[1], device=hidden.device) < lengths[:, None], pooling)
 
 

@@ -1,7 +1,7 @@
 """Packs: texts of any length laid flat, one after the other, so that no linear layer ever computes on padding.
 
 A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts
-of nearly equal length. Texts that begin with the same instruction can share it: its tokens then stand there once,
+of like length. Texts that begin with the same instruction can share it: its tokens then stand there once,
 ahead of what follows them in each text (exact for causal attention, where a prefix never sees what comes after it).
 """
 
@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 
-# Texts form an attention group down to this share of its longest one: attention alone is computed on the difference.
-GROUP_TIGHTNESS = 0.9
+# Tokens of a pack are rounded up to a multiple of this, and text lengths in attention to one of that: matrix libraries
+# compile or tune a kernel for every shape they meet, which otherwise costs as much time as the products and grows.
+ROW_STEP = 128
+LENGTH_STEP = 16
+# Queries of a text per block of attention: keys after a block's last query are never multiplied.
+BLOCK = 128
+# Pairs of query and key, per head, that a group has at a time: larger groups leave a core's cache.
+MAX_PAIRS = BLOCK * 1024
 # An instruction is shared if that saves at least so many tokens; below, another group costs more than it saves.
 MIN_SHARED_TOKENS = 32
 
@@ -29,8 +35,8 @@ class Group:
     start: int
     stop: int
     num_texts: int
-    length: int  # of the longest text, without the prefix
-    padded: Tensor | None  # [stop - start] place of each row among num_texts x length; None if all lengths are equal
+    length: int  # of each text for attention, without the prefix: a multiple of LENGTH_STEP
+    padded: Tensor | None  # [stop - start] place of each row among num_texts x length; None if all texts fill it
     prefix: tuple[int, int] = (0, 0)  # flat rows of the shared prefix, which every text of the group attends to
 
 
@@ -44,7 +50,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pack:
-    """T flat tokens of n texts."""
+    """T flat tokens: those of n texts, shared prefixes, and up to ROW_STEP - 1 of a filler that stands last."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each text
@@ -55,6 +61,7 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
+        """What the linear layers compute, filler included."""
         return len(self.input_ids)
 
     @cached_property
@@ -87,7 +94,7 @@ def make_packs(
     Args:
         input_ids: [T] int64, the tokens of all texts, one text after the other.
         lengths: [U] int64, at least 1 each.
-        max_tokens: token budget of a pack, shared prefixes counted once.
+        max_tokens: token budget of a pack, shared prefixes counted once, filler included.
         prefix_lengths: [U] int64, leading tokens that may be shared by texts in which they are equal; less than
             `lengths`. None or 0: nothing is shared. For causal backbones with last-token pooling only.
         device: of the packs; that of `input_ids` by default.
@@ -98,13 +105,15 @@ def make_packs(
     prefixes = [()] * len(ids) if prefix_lengths is None else _shared_prefixes(ids, prefix_lengths.tolist())
     # Longest first, so that a budget that is too large shows at once; equal prefixes stay together.
     order = sorted(range(len(ids)) if texts is None else texts, key=lambda i: (prefixes[i], -len(ids[i])))
-    return [_pack(ids, prefixes, chosen, device) for chosen in _cut(ids, prefixes, order, max_tokens)]
+    return [_pack(ids, prefixes, chosen, max_tokens, device) for chosen in _cut(ids, prefixes, order, max_tokens)]
 
 
 def padding_share(packs: Iterable[Pack]) -> float:
-    """Share of attention's padded positions that are padding; linear layers have none."""
-    padded = sum(group.num_texts * group.length for pack in packs for group in pack.groups)
-    return 1 - sum(pack.num_tokens for pack in packs) / padded
+    """Share of attention's positions that are padding; linear layers have the packs' filler only."""
+    groups = [group for pack in packs for group in pack.groups]
+    return 1 - sum(group.stop - group.start for group in groups) / sum(
+        group.num_texts * group.length for group in groups
+    )
 
 
 def _shared_prefixes(texts: list[list[int]], prefix_lengths: list[int]) -> list[tuple[int, ...]]:
@@ -135,7 +144,11 @@ def _cut(
 
 
 def _pack(
-    texts: list[list[int]], prefixes: Sequence[tuple[int, ...]], chosen: list[int], device: torch.device
+    texts: list[list[int]],
+    prefixes: Sequence[tuple[int, ...]],
+    chosen: list[int],
+    max_tokens: int,
+    device: torch.device,
 ) -> Pack:
     input_ids: list[int] = []
     position_ids: list[int] = []
@@ -151,40 +164,55 @@ def _pack(
             groups.append(_group(members, len(input_ids), rows, device))
             members.clear()
 
+    def append(own: Sequence[int]) -> None:
+        if members and not _belongs(len(own), members, rows[1] - rows[0]):
+            close()
+        members.append(len(own))
+        input_ids.extend(own)
+        position_ids.extend(range(rows[1] - rows[0], rows[1] - rows[0] + len(own)))
+        segments.append(Segment(len(own), rows))
+
     for text in chosen:
         prefix = prefixes[text]
         if prefix != shared:
             close()
             shared, rows = prefix, (0, 0)
             if prefix:
-                start = len(input_ids)
-                input_ids += prefix
-                position_ids += range(len(prefix))
-                segments.append(Segment(len(prefix), (0, 0)))
-                groups.append(_group([len(prefix)], len(input_ids), (0, 0), device))
-                rows = (start, len(input_ids))
-        own = texts[text][len(prefix) :]
-        if members and len(own) < GROUP_TIGHTNESS * members[0]:
-            close()
-        members.append(len(own))
-        input_ids += own
-        position_ids += range(len(prefix), len(prefix) + len(own))
-        segments.append(Segment(len(own), rows))
+                append(prefix)
+                close()
+                rows = (len(input_ids) - len(prefix), len(input_ids))
+        append(texts[text][len(prefix) :])
         last_rows.append(len(input_ids) - 1)
     close()
+    rows = (0, 0)
+    num_filler = min(-len(input_ids) % ROW_STEP, max(max_tokens - len(input_ids), 0))
+    if num_filler:
+        append([0] * num_filler)
+        close()
     flat_ids, positions, places, lasts = (
         torch.tensor(values, device=device) for values in (input_ids, position_ids, chosen, last_rows)
     )
     return Pack(flat_ids, positions, tuple(segments), tuple(groups), places, lasts)
 
 
+def _belongs(length: int, members: list[int], prefix_length: int) -> bool:
+    """Whether a text can join the group that has `members`."""
+    padded = _padded_length(length)
+    pairs = (len(members) + 1) * min(padded, BLOCK) * (prefix_length + padded)
+    return padded == _padded_length(members[0]) and pairs <= MAX_PAIRS
+
+
+def _padded_length(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 def _group(lengths: list[int], stop: int, prefix: tuple[int, int], device: torch.device) -> Group:
-    """The group of texts with these `lengths`, longest first, whose last row is before `stop`."""
-    start, num_texts, longest = stop - sum(lengths), len(lengths), lengths[0]
+    """The group of texts with these `lengths`, whose last row is before `stop`."""
+    num_texts, length = len(lengths), _padded_length(lengths[0])
     padded = None
-    if lengths[-1] < longest:
-        padded = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten().nonzero().flatten().to(device)
-    return Group(start, stop, num_texts, longest, padded, prefix)
+    if sum(lengths) < num_texts * length:
+        padded = (torch.arange(length) < torch.tensor(lengths)[:, None]).flatten().nonzero().flatten().to(device)
+    return Group(stop - sum(lengths), stop, num_texts, length, padded, prefix)
 
 
 def _flash_layout(pack: Pack) -> FlashLayout:
