@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..instructions import format_query
 from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
+from .batching import batches
 from .packed import pack_forward
 from .packing import Pack
 from .pooling import POOLINGS, pool
@@ -28,8 +29,8 @@ from .tokenizer import load_tokenizer, tokenize
 # What a checkpoint's own files do not say: pooling, normalisation, and the GGUF file the base came from.
 CONFIG_NAME = "e5_config.json"
 
-# Token budget of one forward in `encode` when no batch size is given.
-ENCODE_TOKENS = 8192
+# Texts that `encode` tokenises and sorts at a time.
+ENCODE_TEXTS = 8192
 
 
 class E5Model(nn.Module):
@@ -187,20 +188,21 @@ class E5Model(nn.Module):
         """
         if isinstance(texts, str):
             return self.encode([texts], instruction=instruction, max_length=max_length)[0]
-        ids = tokenize(self.tokenizer, [format_query(text, instruction) for text in texts], max_length)
-        if not ids:
-            return torch.empty(0, self.config.get_text_config().hidden_size)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        texts = list(texts)
+        # By characters, as tokenising everything first would need far more memory than the vectors do.
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors: Tensor | None = None
-        with self.evaluating(), tqdm(total=len(ids), desc="encode", disable=not show_progress) as bar:
-            for batch in _batches(order, ids, batch_size):
-                out = self(**self.pad([ids[i] for i in batch])).cpu()
-                if vectors is None:
-                    vectors = torch.empty(len(ids), out.shape[1])
-                vectors[torch.tensor(batch)] = out
-                bar.update(len(batch))
-        assert vectors is not None
-        return vectors
+        with self.evaluating(), tqdm(total=len(texts), desc="encode", disable=not show_progress) as bar:
+            for start in range(0, len(order), ENCODE_TEXTS):
+                window = order[start : start + ENCODE_TEXTS]
+                ids = tokenize(self.tokenizer, [format_query(texts[i], instruction) for i in window], max_length)
+                for places, inputs in batches(self, ids, batch_size):
+                    out = self(**inputs).cpu()
+                    if vectors is None:
+                        vectors = torch.empty(len(texts), out.shape[1])
+                    vectors[[window[place] for place in places]] = out
+                    bar.update(len(places))
+        return torch.empty(0, self.config.get_text_config().hidden_size) if vectors is None else vectors
 
     def pad(self, ids: list[list[int]]) -> dict[str, Tensor]:
         """Pad token ids into `input_ids` and `attention_mask`, [batch, tokens], on the model's device."""
@@ -272,12 +274,3 @@ class E5Model(nn.Module):
         if self.gguf_file and self.is_peft:
             config["gguf_file"] = self.gguf_file
         (Path(path) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _batches(order: list[int], ids: list[list[int]], batch_size: int | None) -> Iterator[list[int]]:
-    """Cut texts, longest first, into batches of `batch_size` or of at most `ENCODE_TOKENS` padded tokens."""
-    start = 0
-    while start < len(order):
-        size = batch_size or max(1, ENCODE_TOKENS // len(ids[order[start]]))
-        yield order[start : start + size]
-        start += size

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..metrics import MRR, NDCG, Accuracy
+from ..modeling.batching import batches
 from ..modeling.encoder import E5Model
 from .losses import info_nce
 
@@ -96,7 +97,7 @@ def _embed(
     Every process runs the same number of forward passes, as ZeRO-3 and FSDP require; short of texts, it repeats one.
     """
     bare: E5Model = accelerator.unwrap_model(model)
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # longest first: little padding, early OOM
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # longest first: an OOM shows at once
     step = batch_size * accelerator.num_processes
     vectors: Tensor | None = None
     with bare.evaluating():
@@ -104,7 +105,8 @@ def _embed(
             # Dealt round-robin, so that all processes get texts of like length.
             mine = order[start + accelerator.process_index : start + step : accelerator.num_processes]
             mine = mine + [order[start]] * (batch_size - len(mine))
-            out = model(**bare.pad([list(texts[i]) for i in mine]))
+            ((places, inputs),) = batches(bare, [list(texts[i]) for i in mine], len(mine))
+            out = model(**inputs)[torch.tensor(places).argsort()]
             gathered = accelerator.gather(out).float().cpu()
             rank_major = gathered.view(accelerator.num_processes, batch_size, -1).transpose(0, 1).flatten(0, 1)
             batch = order[start : start + step]
