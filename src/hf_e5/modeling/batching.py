@@ -45,7 +45,7 @@ def batches(
 def _packs(
     model: E5Model, ids: list[list[int]], order: list[int], batch_size: int | None
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    # A prefix that stands there once has one row for all texts: no pooling but `last` can do without a row per text.
+    # What all texts begin with, whoever wrote it there. Poolings other than `last` read those rows of every text.
     shared = min(len(os.path.commonprefix(ids)), len(ids[order[-1]]) - 1) if model.pooling == "last" else 0
     size, max_tokens = (batch_size, sys.maxsize) if batch_size else (len(order), FORWARD_TOKENS)
     for start in range(0, len(order), size):
