@@ -74,7 +74,7 @@ def reference(model, rows, mask_duplicates=True, temperature=0.05):
     model.backbone.double()
     texts = [row["query_ids"] for row in rows] + [row["positive_ids"] for row in rows]
     texts += [ids for row in rows for ids in row["negative_ids"]]
-    batch = model.pad(texts)
+    batch = model.tokenizer.pad({"input_ids": texts}, return_tensors="pt")
     hidden = model.backbone(**batch).last_hidden_state
     places = torch.arange(hidden.shape[1]).expand(len(texts), -1)
     last = places.masked_fill(batch["attention_mask"] == 0, -1).amax(1)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from hf_e5 import E5Model
 from hf_e5.instructions import format_query
 from hf_e5.modeling import encoder, packed
-from hf_e5.modeling.batching import batches
+from hf_e5.modeling.micro_batches import forward_batches
 from hf_e5.modeling.tokenizer import tokenize
 
 
@@ -62,7 +62,7 @@ def load(checkpoint, *, has_adapter, **options):
 def plan(model, texts, instruction=None, batch_size=None):
     """The keyword arguments of the forward passes."""
     ids = tokenize(model.tokenizer, [format_query(text, instruction) for text in texts], MAX_LENGTH)
-    return ids, [inputs for _, inputs in batches(model, ids, batch_size)]
+    return ids, [batch.inputs for batch in forward_batches(model, ids, batch_size)]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["adapter", "bare"])
@@ -84,13 +84,13 @@ def test_an_instruction_is_computed_once_per_pack(model):
     # All but the space at the prompt's end, which some texts merge into their first token.
     shared = len(model.tokenizer(format_query("", INSTRUCTION).rstrip())["input_ids"]) - 1
     assert shared > 10
-    assert pack.num_tokens == sum(map(len, ids)) - (len(TEXTS) - 1) * shared
+    assert pack.last_rows[-1] + 1 == sum(map(len, ids)) - (len(TEXTS) - 1) * shared
 
 
 def test_other_poolings_share_nothing(model, monkeypatch):
     monkeypatch.setattr(model, "pooling", "mean")
     ids, forwards = plan(model, TEXTS, INSTRUCTION)
-    assert sum(inputs["pack"].num_tokens for inputs in forwards) == sum(map(len, ids))
+    assert sum(int(inputs["pack"].last_rows[-1]) + 1 for inputs in forwards) == sum(map(len, ids))
 
 
 def test_texts_that_are_all_equal(model):

@@ -105,7 +105,7 @@ def test_bf16_base_keeps_fp32_adapter_and_output(tiny_checkpoint):
 def test_gradient_checkpointing_trains_every_lora_tensor(tiny_checkpoint):
     model = E5Model.from_pretrained(tiny_checkpoint, peft_config=LORA)
     randomise_adapter(model)
-    batch = model.pad([[0, 5, 6, 7, 1], [0, 9, 1]])
+    batch = model.tokenizer.pad({"input_ids": [[0, 5, 6, 7, 1], [0, 9, 1]]}, return_tensors="pt")
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -173,7 +173,7 @@ def test_gguf_loads_trains_and_saves(smollm2, tmp_path):
     (ids,) = [model.tokenizer("hello world " * 50, truncation=True, max_length=8)["input_ids"]]
     assert ids[-1] == model.tokenizer.eos_token_id
     model.train()
-    model(**model.pad([ids])).sum().backward()
+    model(**model.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")).sum().backward()
     b = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
     assert len(b) == 30 * 7 and all(g is not None and g.abs().sum() > 0 for g in b)
     model.zero_grad()

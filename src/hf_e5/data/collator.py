@@ -38,11 +38,11 @@ class E5DataCollator:
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        texts: dict[tuple[int, ...], int] = {}  # tokens -> index, in order of first appearance
+        texts: dict[bytes, int] = {}  # tokens -> index, in order of first appearance
         prefix_lengths: list[int] = []
 
         def index(ids: Sequence[int], prefix_length: int = 0) -> int:
-            position = texts.setdefault(tuple(ids), len(texts))
+            position = texts.setdefault(np.asarray(ids, dtype=np.int64).tobytes(), len(texts))
             if position == len(prefix_lengths):
                 prefix_lengths.append(prefix_length)
             return position
@@ -51,18 +51,17 @@ class E5DataCollator:
         positives = [index(row["positive_ids"]) for row in rows]
         negatives = [index(ids) for row in rows for ids in row.get("negative_ids") or ()]
         negative_rows = [position for position, row in enumerate(rows) for _ in row.get("negative_ids") or ()]
-        arrays = [np.array(ids, dtype=np.int64) for ids in texts]
         return {
             "queries": torch.tensor(queries),
             "positives": torch.tensor(positives),
             "negatives": torch.tensor(negatives, dtype=torch.int64),
             "negative_rows": torch.tensor(negative_rows, dtype=torch.int64),
-            "input_ids": torch.from_numpy(np.concatenate(arrays)),
-            "lengths": torch.tensor([len(array) for array in arrays]),
+            "input_ids": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.int64),
+            "lengths": torch.tensor([len(text) // 8 for text in texts]),
             "prefix_lengths": torch.tensor(prefix_lengths),
-            "text_hashes": torch.tensor([_hash(array) for array in arrays]),
+            "text_hashes": torch.tensor([_hash(text) for text in texts]),
         }
 
 
-def _hash(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)

@@ -34,6 +34,8 @@ def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(tensor, *args)
         try:
             return compiled(tensor, *args)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever the compiler raises: the function itself needs none
             logger.warning("%s runs uncompiled, which is slower: %s", function.__name__, str(error).split("\n", 1)[0])
             is_broken = True

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..instructions import format_query
 from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
-from .batching import batches
+from .micro_batches import forward_batches
 from .packed import pack_forward
 from .packing import Pack
 from .pooling import POOLINGS, pool
@@ -196,28 +196,13 @@ class E5Model(nn.Module):
             for start in range(0, len(order), ENCODE_TEXTS):
                 window = order[start : start + ENCODE_TEXTS]
                 ids = tokenize(self.tokenizer, [format_query(texts[i], instruction) for i in window], max_length)
-                for places, inputs in batches(self, ids, batch_size):
-                    out = self(**inputs).cpu()
+                for batch in forward_batches(self, ids, batch_size):
+                    out = self(**batch.inputs).cpu()
                     if vectors is None:
                         vectors = torch.empty(len(texts), out.shape[1])
-                    vectors[[window[place] for place in places]] = out
-                    bar.update(len(places))
+                    vectors[[window[place] for place in batch.texts.tolist()]] = out
+                    bar.update(len(out))
         return torch.empty(0, self.config.get_text_config().hidden_size) if vectors is None else vectors
-
-    def pad(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        """Pad token ids into `input_ids` and `attention_mask`, [batch, tokens], on the model's device."""
-        length = max(map(len, ids))
-        input_ids = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(len(ids), length, dtype=torch.long)
-        for row, sequence in enumerate(ids):
-            where = (
-                slice(length - len(sequence), length)
-                if self.tokenizer.padding_side == "left"
-                else slice(0, len(sequence))
-            )
-            input_ids[row, where] = torch.tensor(sequence)
-            attention_mask[row, where] = 1
-        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

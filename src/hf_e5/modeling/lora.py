@@ -37,6 +37,8 @@ class Projection:
             return None
         if type(module) is nn.Linear:
             trains = any(parameter.requires_grad for parameter in module.parameters())
+            # `encode` needs no gradient of them; not `no_grad`, under which GradCache must go the way of its replay.
+            trains = trains and not torch.is_inference_mode_enabled()
             return None if trains else cls(module.weight, module.bias)
         if type(module) is not LoraLinear or module.disable_adapters or module.merged or module.fan_in_fan_out:
             return None

@@ -31,6 +31,8 @@ def supports_packing(backbone: PreTrainedModel | PeftModel, max_length: int) -> 
     """Whether `pack_forward` computes what the model defines, for texts of up to `max_length` tokens."""
     config: Any = backbone.config
     window = getattr(config, "sliding_window", None)
+    if len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1:
+        return False  # a pack lies on one device
     return config.model_type in PACKABLE and (window is None or max_length <= window)
 
 
@@ -93,7 +95,8 @@ def _fused_layers(decoder: Any) -> list[dict[str, Projection]] | None:
                 if projection is None or projection.weight.dtype != dtype:
                     return None
                 projections[name] = projection
-        if any(norm.weight.requires_grad or hasattr(norm.weight, "ds_id") for norm in norms):
+        trains = any(norm.weight.requires_grad for norm in norms) and not torch.is_inference_mode_enabled()
+        if trains or any(hasattr(norm.weight, "ds_id") for norm in norms):
             return None
         layers.append(projections)
     return layers

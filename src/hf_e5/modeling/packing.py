@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-# Tokens of a pack are rounded up to a multiple of this, and text lengths in attention to one of that: matrix libraries
-# compile or tune a kernel for every shape they meet, which otherwise costs as much time as the products and grows.
-ROW_STEP = 128
+# Matrix libraries compile or tune a kernel for every shape they meet, which costs as much time as the products, and
+# memory. So packs come in few sizes, with at most this share of filler, and texts, for attention alone, in few lengths.
+FILLER_SHARE = 1 / 16
 LENGTH_STEP = 16
 # Queries of a text per block of attention: keys after a block's last query are never multiplied.
 BLOCK = 128
@@ -50,12 +51,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pack:
-    """T flat tokens: those of n texts, shared prefixes, and up to ROW_STEP - 1 of a filler that stands last."""
+    """T flat tokens: those of n texts, shared prefixes, and a filler that stands last (`FILLER_SHARE`)."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each text
     segments: tuple[Segment, ...]  # cover the T rows in order
-    groups: tuple[Group, ...]  # the same, for attention by groups
     texts: Tensor  # [n] int64, which of the caller's texts these are
     last_rows: Tensor  # [n] int64, row of the last token of each text
 
@@ -63,6 +63,16 @@ class Pack:
     def num_tokens(self) -> int:
         """What the linear layers compute, filler included."""
         return len(self.input_ids)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass."""
+        return {"pack": self}
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The segments as batched matrix products want them."""
+        return tuple(_groups(self.segments, self.input_ids.device))
 
     @cached_property
     def flash_layout(self) -> FlashLayout:
@@ -101,7 +111,7 @@ def make_packs(
         texts: take only these of the U texts.
     """
     device = device or input_ids.device
-    ids = [text.tolist() for text in input_ids.cpu().split(lengths.tolist())]
+    ids = input_ids.cpu().split(lengths.tolist())
     prefixes = [()] * len(ids) if prefix_lengths is None else _shared_prefixes(ids, prefix_lengths.tolist())
     # Longest first, so that a budget that is too large shows at once; equal prefixes stay together.
     order = sorted(range(len(ids)) if texts is None else texts, key=lambda i: (prefixes[i], -len(ids[i])))
@@ -116,9 +126,9 @@ def padding_share(packs: Iterable[Pack]) -> float:
     )
 
 
-def _shared_prefixes(texts: list[list[int]], prefix_lengths: list[int]) -> list[tuple[int, ...]]:
+def _shared_prefixes(texts: Sequence[Tensor], prefix_lengths: list[int]) -> list[tuple[int, ...]]:
     """The prefix of each text if it is worth sharing, else ()."""
-    prefixes = [tuple(text[:length]) for text, length in zip(texts, prefix_lengths, strict=True)]
+    prefixes = [tuple(text[:length].tolist()) for text, length in zip(texts, prefix_lengths, strict=True)]
     counts: dict[tuple[int, ...], int] = {}
     for prefix in prefixes:
         counts[prefix] = counts.get(prefix, 0) + 1
@@ -126,7 +136,7 @@ def _shared_prefixes(texts: list[list[int]], prefix_lengths: list[int]) -> list[
 
 
 def _cut(
-    texts: list[list[int]], prefixes: Sequence[tuple[int, ...]], order: list[int], max_tokens: int
+    texts: Sequence[Tensor], prefixes: Sequence[tuple[int, ...]], order: list[int], max_tokens: int
 ) -> Iterator[list[int]]:
     chosen: list[int] = []
     num_tokens = 0
@@ -144,75 +154,71 @@ def _cut(
 
 
 def _pack(
-    texts: list[list[int]],
+    texts: Sequence[Tensor],
     prefixes: Sequence[tuple[int, ...]],
     chosen: list[int],
     max_tokens: int,
     device: torch.device,
 ) -> Pack:
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    groups: list[Group] = []
-    members: list[int] = []  # lengths of the texts of the open group
+    input_ids: list[Tensor] = []
+    position_ids: list[Tensor] = []
     segments: list[Segment] = []
     last_rows: list[int] = []
+    num_tokens = 0
     shared: tuple[int, ...] = ()
     rows = (0, 0)
 
-    def close() -> None:
-        if members:
-            groups.append(_group(members, len(input_ids), rows, device))
-            members.clear()
-
-    def append(own: Sequence[int]) -> None:
-        if members and not _belongs(len(own), members, rows[1] - rows[0]):
-            close()
-        members.append(len(own))
-        input_ids.extend(own)
-        position_ids.extend(range(rows[1] - rows[0], rows[1] - rows[0] + len(own)))
+    def append(own: Tensor) -> None:
+        nonlocal num_tokens
+        input_ids.append(own)
+        position_ids.append(torch.arange(len(own)) + (rows[1] - rows[0]))
         segments.append(Segment(len(own), rows))
+        num_tokens += len(own)
 
     for text in chosen:
         prefix = prefixes[text]
         if prefix != shared:
-            close()
             shared, rows = prefix, (0, 0)
             if prefix:
-                append(prefix)
-                close()
-                rows = (len(input_ids) - len(prefix), len(input_ids))
+                append(texts[text][: len(prefix)])
+                rows = (num_tokens - len(prefix), num_tokens)
         append(texts[text][len(prefix) :])
-        last_rows.append(len(input_ids) - 1)
-    close()
+        last_rows.append(num_tokens - 1)
     rows = (0, 0)
-    num_filler = min(-len(input_ids) % ROW_STEP, max(max_tokens - len(input_ids), 0))
+    size = _round_up(num_tokens, 2 ** max(int(FILLER_SHARE * num_tokens).bit_length() - 1, 0))
+    num_filler = min(size, max(max_tokens, num_tokens)) - num_tokens
     if num_filler:
-        append([0] * num_filler)
-        close()
-    flat_ids, positions, places, lasts = (
-        torch.tensor(values, device=device) for values in (input_ids, position_ids, chosen, last_rows)
+        append(torch.zeros(num_filler, dtype=torch.int64))
+    return Pack(
+        torch.cat(input_ids).to(device),
+        torch.cat(position_ids).to(device),
+        tuple(segments),
+        torch.tensor(chosen, device=device),
+        torch.tensor(last_rows, device=device),
     )
-    return Pack(flat_ids, positions, tuple(segments), tuple(groups), places, lasts)
 
 
-def _belongs(length: int, members: list[int], prefix_length: int) -> bool:
-    """Whether a text can join the group that has `members`."""
-    padded = _padded_length(length)
-    pairs = (len(members) + 1) * min(padded, BLOCK) * (prefix_length + padded)
-    return padded == _padded_length(members[0]) and pairs <= MAX_PAIRS
+def _groups(segments: Sequence[Segment], device: torch.device) -> Iterator[Group]:
+    """Neighbours with one prefix and one padded length, as many as `MAX_PAIRS` allows."""
+    stop = 0
+    for (prefix, length), run in groupby(
+        segments, key=lambda segment: (segment.prefix, _round_up(segment.length, LENGTH_STEP))
+    ):
+        pairs = min(length, BLOCK) * (prefix[1] - prefix[0] + length)
+        lengths = [segment.length for segment in run]
+        size = max(1, MAX_PAIRS // pairs)
+        for first in range(0, len(lengths), size):
+            members = lengths[first : first + size]
+            start, stop = stop, stop + sum(members)
+            places = None
+            if sum(members) < len(members) * length:
+                is_token = torch.arange(length) < torch.tensor(members)[:, None]
+                places = is_token.flatten().nonzero().flatten().to(device)
+            yield Group(start, stop, len(members), length, places, prefix)
 
 
-def _padded_length(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
-
-
-def _group(lengths: list[int], stop: int, prefix: tuple[int, int], device: torch.device) -> Group:
-    """The group of texts with these `lengths`, whose last row is before `stop`."""
-    num_texts, length = len(lengths), _padded_length(lengths[0])
-    padded = None
-    if sum(lengths) < num_texts * length:
-        padded = (torch.arange(length) < torch.tensor(lengths)[:, None]).flatten().nonzero().flatten().to(device)
-    return Group(stop - sum(lengths), stop, num_texts, length, padded, prefix)
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _flash_layout(pack: Pack) -> FlashLayout:

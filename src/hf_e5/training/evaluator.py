@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..metrics import MRR, NDCG, Accuracy
-from ..modeling.batching import batches
 from ..modeling.encoder import E5Model
+from ..modeling.micro_batches import forward_batches
 from .losses import info_nce
 
 
@@ -105,8 +105,8 @@ def _embed(
             # Dealt round-robin, so that all processes get texts of like length.
             mine = order[start + accelerator.process_index : start + step : accelerator.num_processes]
             mine = mine + [order[start]] * (batch_size - len(mine))
-            ((places, inputs),) = batches(bare, [list(texts[i]) for i in mine], len(mine))
-            out = model(**inputs)[torch.tensor(places).argsort()]
+            (micro_batch,) = forward_batches(bare, [list(texts[i]) for i in mine], len(mine))
+            out = model(**micro_batch.inputs)[micro_batch.texts.argsort()]
             gathered = accelerator.gather(out).float().cpu()
             rank_major = gathered.view(accelerator.num_processes, batch_size, -1).transpose(0, 1).flatten(0, 1)
             batch = order[start : start + step]

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 from ..modeling.encoder import E5Model
+from ..modeling.micro_batches import MicroBatch, make_micro_batches
 from ..modeling.packed import packed_attention_of
 from ..modeling.packing import Pack
 from .memory import free_memory, graph_bytes
-from .micro_batches import MicroBatch, make_micro_batches
 from .objective import ContrastiveObjective
 
 
@@ -110,24 +111,29 @@ class ContrastiveStep:
     def plan(self, batch: dict[str, Tensor]) -> Plan:
         """Cut the batch into micro-batches and decide which graphs to keep: alike on every process."""
         budget = self.args.mini_batch_num_tokens
-        micro_batches = make_micro_batches(self.encoder, batch, budget)
+        prefix_lengths = batch["prefix_lengths"].cpu()
+        cut = partial(
+            make_micro_batches, self.encoder, batch["input_ids"], batch["lengths"], prefix_lengths=prefix_lengths
+        )
+        micro_batches = list(cut(max_tokens=budget))
         if self._keep_tokens is None:
             self._keep_tokens = self._affordable_tokens(micro_batches[0])
         tokens = 0
         num_kept = 0
-        for micro_batch in micro_batches:
+        for micro_batch in reversed(micro_batches):
             tokens += micro_batch.num_tokens
             num_kept += tokens <= self._keep_tokens
-        # One graph at a time is needed anyway, so the first one is never computed twice.
+        # One graph at a time is needed anyway, so the last one is never computed twice.
         num_kept = max(num_kept, 1)
         num_micro_batches, num_kept = self._agree(len(micro_batches), num_kept)
         micro_batches = _fill(micro_batches, num_micro_batches)
-        kept, recomputed = micro_batches[:num_kept], micro_batches[num_kept:]
+        num_recomputed = num_micro_batches - num_kept
+        recomputed, kept = micro_batches[:num_recomputed], micro_batches[num_recomputed:]
         forward_only = recomputed
         if recomputed and self.accelerator.device.type != "cpu" and not self._has_dropout():
             # Without dropout both passes need not be cut alike.
             texts = torch.cat([micro_batch.texts for micro_batch in recomputed]).tolist()
-            forward_only = make_micro_batches(self.encoder, batch, budget * FORWARD_ONLY_FACTOR, texts)
+            forward_only = list(cut(max_tokens=budget * FORWARD_ONLY_FACTOR, texts=texts))
             forward_only = forward_only or recomputed[:1]  # nothing but fillers
             forward_only = _fill(forward_only, self._agree(len(forward_only), 0)[0])
         plan = Plan(kept, recomputed, forward_only)
@@ -138,13 +144,14 @@ class ContrastiveStep:
 
     def _affordable_tokens(self, micro_batch: MicroBatch) -> int:
         """How many tokens' graphs fit the free memory, from the graph of one micro-batch."""
-        with self._no_sync(), torch.random.fork_rng():
+        device = self.accelerator.device
+        with self._no_sync(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             num_bytes = graph_bytes(lambda: self._embed(micro_batch), self.encoder)
         per_token = max(num_bytes / micro_batch.num_tokens, 1)
         trained = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
         # The first step comes before gradients and AdamW's two moments are allocated.
         to_come = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        free = max(free_memory(self.accelerator.device) - to_come, 0)
+        free = max(free_memory(device) - to_come, 0)
         return int(KEEP_SHARE * free / per_token)
 
     def _forward(self, plan: Plan, num_texts: int) -> tuple[Tensor, list[Tensor], list[_RandomState]]:
@@ -154,11 +161,11 @@ class ContrastiveStep:
         outputs: list[Tensor] = []
         # DDP arms its reduction in the forward pass, so only a pass whose backward is the step's last may synchronise.
         with self._no_sync() if plan.recomputed else nullcontext():
-            graphs = [self._embed(micro_batch) for micro_batch in plan.kept]
-            with torch.no_grad():
+            with torch.no_grad():  # first, while no graph takes memory
                 for micro_batch in plan.forward_only:
                     rng_states.append(_RandomState(self.accelerator.device))
                     outputs.append(self._embed(micro_batch))
+            graphs = [self._embed(micro_batch) for micro_batch in plan.kept]
         embeddings = graphs[0].new_empty(num_texts, graphs[0].shape[1])
         for micro_batch, output in zip([*plan.kept, *plan.forward_only], [*graphs, *outputs], strict=True):
             embeddings[micro_batch.texts] = output.detach()
@@ -181,11 +188,7 @@ class ContrastiveStep:
 
     def _embed(self, micro_batch: MicroBatch) -> Tensor:
         """[n, D] fp32 through the prepared model, which owns autocast, DDP's hooks and ZeRO's gathers."""
-        if isinstance(micro_batch, Pack):
-            output = self.model(pack=micro_batch)
-        else:
-            output = self.model(micro_batch.input_ids, micro_batch.attention_mask)
-        return output[: len(micro_batch.texts)]  # a filler embeds a text that nobody asked for
+        return self.model(**micro_batch.inputs)[: len(micro_batch.texts)]  # a filler embeds what nobody asked for
 
     def _accelerated_backward(self, surrogate: Tensor, is_last: bool) -> None:
         """`accelerator.backward`; DeepSpeed reduces and steps only at the last one of a synchronising step."""
@@ -254,7 +257,7 @@ class _RandomState:
 
 
 def _fill(micro_batches: list[MicroBatch], count: int) -> list[MicroBatch]:
-    """Append fillers up to `count`: the smallest micro-batch again, of which no text is taken."""
+    """Put fillers in front, up to `count`: the smallest micro-batch again, of which no text is taken."""
     smallest = min(micro_batches, key=lambda micro_batch: micro_batch.num_tokens)
     filler = replace(smallest, texts=smallest.texts[:0])
-    return [*micro_batches, *[filler] * (count - len(micro_batches))]
+    return [*[filler] * (count - len(micro_batches)), *micro_batches]
