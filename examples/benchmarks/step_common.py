@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 
 from hf_e5.modeling.encoder import E5Model
+from hf_e5.training.memory import free_memory
 
 
 SAMPLE = Path(__file__).parent.parent / "data" / "triplets.jsonl"
@@ -69,11 +70,21 @@ def peak_memory() -> float:
 
 
 def run_child(script: str, *arguments: str) -> dict:
-    """Run `script` in a process of its own, so that its peak memory is its own; its last line is a JSON result."""
-    command = [sys.executable, script, *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    """Run `script` in a process of its own, so that its peak memory is its own; its last line is a JSON result.
+
+    Where it fails, {"failed": last line of its error output}. Its memory is limited to what is free at the start: one
+    that needs more fails with an error instead of driving the machine out of memory.
+    """
+    limit = free_memory(torch.device("cpu"))
+    result = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )
     if result.returncode:
-        return {"failed": f"exit code {result.returncode}"}
+        errors = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        return {"failed": errors[-1]}
     return json.loads(result.stdout.splitlines()[-1])
 
 
