@@ -4,18 +4,21 @@
 
 Weights are random, as speed does not depend on them. Printed are tokens per second, the share of the device's measured
 matrix-product rate (useful operations only: 4 x parameters x tokens of text), peak memory, seconds per step and the
-hours of the paper's 880 steps; then the same without each economy in turn.
+hours of the paper's 880 steps. Then, on fewer triplets: sentence-transformers' cached loss on the same token ids, and
+our step without each of its economies in turn. The result is written after each of these; one that fails is noted.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,6 +27,8 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from step_common import LORA_TARGETS, save_result
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel
 
 from hf_e5.data.collator import E5DataCollator
@@ -35,86 +40,173 @@ from hf_e5.training.gradcache import ContrastiveStep
 
 PAPER_STEPS = 880
 INSTRUCTION_TOKENS = 26
+WARM_UP_TRIPLETS = 32
+Step = Callable[[list[dict]], float]  # forward and backward of these rows; returns the loss
+ECONOMIES = {
+    "kept graphs": nullcontext,  # an argument of the step
+    "fused layers": lambda: mock.patch.object(packed, "FUSABLE", set()),
+    "packing": lambda: mock.patch.object(packed, "PACKABLE", set()),
+    "compiling": lambda: mock.patch.object(elementwise, "COMPILE_FROM", 2**62),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--triplets", type=int, default=2048)
+    parser.add_argument("--triplets", type=int, default=2048, help="batch of the main figure")
+    parser.add_argument(
+        "--peer_triplets", type=int, default=256, help="of sentence-transformers' side, and ours to it"
+    )
+    parser.add_argument("--economy_triplets", type=int, default=256, help="of the steps that leave an economy out")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look; the rest is Mistral-7B-v0.1")
-    parser.add_argument("--mini_batch_num_tokens", type=int, default=16384)
-    parser.add_argument("--without", nargs="*", default=["kept graphs", "fused layers", "compiling", "packing"])
+    parser.add_argument("--mini_batch_num_tokens", type=int, default=8192, help="ours")
+    parser.add_argument("--peer_mini_batch_sizes", type=int, nargs="*", default=[16, 8, 32])
+    parser.add_argument("--without", nargs="*", choices=list(ECONOMIES), default=list(ECONOMIES))
     parser.add_argument("--output", help="write the result as JSON")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_step.py needs a CUDA device")
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        backbone = MistralModel(MistralConfig(num_hidden_layers=args.layers, dtype=torch.bfloat16)).bfloat16()
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    tokenizer: Any = SimpleNamespace(padding_side="right")  # the rows are token ids already
-    model = E5Model(get_peft_model(backbone, lora), tokenizer).train()
-    num_parameters = sum(parameter.numel() for parameter in backbone.layers.parameters())
-    batch = E5DataCollator()(make_rows(args.triplets, backbone.config.vocab_size))
-    batch = {key: value.cuda() for key, value in batch.items()}
-    tokens = int(batch["lengths"].sum())
+    accelerator = Accelerator(mixed_precision="bf16")
+    config = MistralConfig(num_hidden_layers=args.layers, dtype=torch.bfloat16)
+    model = accelerator.prepare(make_model(config, accelerator.device))
+    num_parameters = sum(parameter.numel() for parameter in model.backbone.get_base_model().layers.parameters())
+    rows = make_rows(max(args.triplets, args.peer_triplets, args.economy_triplets), config.vocab_size)
     rate = matrix_product_rate()
-    print(
-        f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in bf16 matrix products; {tokens} tokens of text"
-    )
+    print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in bf16 matrix products", flush=True)
+    runs: dict[str, dict] = {}
 
-    results = {}
-    for left_out in ("nothing", *args.without):
-        with economies_without(left_out):
-            seconds, peak = measure(model, batch, args.mini_batch_num_tokens, keep=left_out != "kept graphs")
-        results[left_out] = {
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "share_of_rate": 4 * num_parameters * tokens / seconds / rate,
-            "peak_memory_gb": peak,
-            "paper_run_hours": PAPER_STEPS * seconds / 3600,
-        }
-        result = results[left_out]
-        print(
-            f"without {left_out}: {seconds:.1f} s, {result['tokens_per_second']:.0f} tokens/s, "
-            f"{result['share_of_rate']:.0%} of the rate, peak {peak:.1f} GB, "
-            f"{result['paper_run_hours']:.1f} h for {PAPER_STEPS} steps",
-            flush=True,
-        )
-    save_result(args.output, {"triplets": args.triplets, "tokens": tokens, "rate": rate, "without": results})
+    def record(name: str, triplets: int, make_step: Callable[[], Step]) -> dict:
+        tokens = count_tokens(rows[:triplets])
+        run = {"triplets": triplets, "tokens": tokens, **measure(model, make_step, rows[:triplets])}
+        if "seconds" in run:
+            seconds = run["seconds"]
+            run["triplets_per_second"] = triplets / seconds
+            run["tokens_per_second"] = tokens / seconds
+            run["share_of_rate"] = 4 * num_parameters * tokens / seconds / rate
+        if "seconds" in run and triplets == 2048:
+            run["paper_run_hours"] = PAPER_STEPS * run["seconds"] / 3600
+        runs[name] = run
+        print_run(name, run)
+        save_result(args.output, {"layers": args.layers, "rate": rate, "runs": runs})
+        return run
+
+    def ours(keep: str = "auto") -> Step:
+        return our_step(model, accelerator, args.mini_batch_num_tokens, keep)
+
+    record("hf-e5, whole batch", args.triplets, ours)
+    base = record("hf-e5", args.peer_triplets, ours)
+    for size in args.peer_mini_batch_sizes:
+        for checkpointing in (False, True):  # the second only where the first fails
+            name = f"sentence-transformers, mini_batch_size={size}{', checkpointing' if checkpointing else ''}"
+            peer = record(name, args.peer_triplets, partial(peer_step, model, accelerator, size, checkpointing))
+            if "seconds" in peer:
+                if "seconds" in base:
+                    print(f"    hf-e5 makes {peer['seconds'] / base['seconds']:.2f}x as many triplets per second")
+                break
+    if args.economy_triplets != args.peer_triplets:
+        record("hf-e5, the size of what follows", args.economy_triplets, ours)
+    for economy in args.without:
+        with ECONOMIES[economy]():
+            keep = "0" if economy == "kept graphs" else "auto"
+            record(f"hf-e5 without {economy}", args.economy_triplets, partial(ours, keep))
 
 
-def measure(model: E5Model, batch: dict, budget: int, keep: bool) -> tuple[float, float]:
-    """Seconds and peak memory (GB) of the second step; the first one compiles and measures graphs."""
+def make_model(config: MistralConfig, device: torch.device) -> E5Model:
+    """Random weights with a LoRA adapter; what is measured starts from token ids, so there is no tokenizer."""
+    torch.manual_seed(0)
+    with device:
+        backbone = MistralModel(config).bfloat16()
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS)
+    tokenizer: Any = SimpleNamespace(padding_side="right")
+    return E5Model(get_peft_model(backbone, lora), tokenizer).train()
+
+
+def our_step(model: E5Model, accelerator: Accelerator, budget: int, keep: str) -> Step:
     settings = E5TrainingArguments(
         output_dir=tempfile.gettempdir(),
         mini_batch_num_tokens=budget,
-        keep_graph_num_tokens="auto" if keep else "0",
+        keep_graph_num_tokens=keep,
+        mask_duplicates=False,
     )
-    step = ContrastiveStep(model, settings, Accelerator())
-    seconds = 0.0
-    for _ in range(2):
+    step = ContrastiveStep(model, settings, accelerator)
+
+    def run(rows: list[dict]) -> float:
+        batch = {key: value.to(accelerator.device) for key, value in E5DataCollator()(rows).items()}
+        return step(batch).loss.item()
+
+    return run
+
+
+def peer_step(model: E5Model, accelerator: Accelerator, mini_batch_size: int, checkpointing: bool) -> Step:
+    """sentence-transformers' loss on padded token ids, over its own pooling and normalisation."""
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    pooling = Pooling(model.config.hidden_size, pooling_mode="lasttoken")
+    student = accelerator.prepare(nn.Sequential(TokenEmbeddings(model.backbone), pooling, Normalize()))
+    loss = CachedMultipleNegativesRankingLoss(student, scale=50.0, mini_batch_size=mini_batch_size)
+
+    def run(rows: list[dict]) -> float:
+        columns = ([row[key] for row in rows] for key in ("query_ids", "positive_ids"))
+        features = [pad(texts, accelerator.device) for texts in (*columns, [row["negative_ids"][0] for row in rows])]
+        if checkpointing:
+            model.backbone.enable_input_require_grads()
+            model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            value = loss(features, None)
+            value.backward()
+        finally:
+            if checkpointing:
+                model.backbone.gradient_checkpointing_disable()
+                model.backbone.disable_input_require_grads()
+        return value.item()
+
+    return run
+
+
+class TokenEmbeddings(nn.Module):
+    """The backbone as a module of sentence-transformers."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
+        return {**features, "token_embeddings": self.backbone(**inputs, use_cache=False).last_hidden_state}
+
+
+def measure(model: nn.Module, make_step: Callable[[], Step], rows: list[dict]) -> dict:
+    """Seconds, peak memory (GB) and loss of one step, after a small one that compiles and measures graphs."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        step = make_step()
+        step(rows[:WARM_UP_TRIPLETS])
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         started = time.perf_counter()
-        step(batch)
+        loss = step(rows)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    return seconds, torch.cuda.max_memory_allocated() / 1e9
+        return {"seconds": seconds, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, "loss": loss}
+    except Exception as error:  # the next configuration may well run
+        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    finally:
+        model.zero_grad()
 
 
-@contextmanager
-def economies_without(left_out: str) -> Iterator[None]:
-    changes = {
-        "fused layers": lambda: mock.patch.object(packed, "FUSABLE", set()),
-        "packing": lambda: mock.patch.object(packed, "PACKABLE", set()),
-        "compiling": lambda: mock.patch.object(elementwise, "COMPILE_FROM", 2**62),
-    }
-    if left_out not in changes:
-        yield
+def print_run(name: str, run: dict) -> None:
+    if "failed" in run:
+        print(f"{name}: failed ({run['failed']})", flush=True)
         return
-    with changes[left_out]():
-        yield
+    hours = f", {run['paper_run_hours']:.1f} h for {PAPER_STEPS} steps" if "paper_run_hours" in run else ""
+    print(
+        f"{name}: {run['triplets']} triplets, {run['tokens']} tokens in {run['seconds']:.1f} s: "
+        f"{run['triplets_per_second']:.1f} triplets/s, {run['tokens_per_second']:.0f} tokens/s, "
+        f"{run['share_of_rate']:.0%} of the rate, peak {run['peak_memory_gb']:.1f} GB{hours}",
+        flush=True,
+    )
 
 
 def matrix_product_rate(size: int = 8192) -> float:
@@ -127,6 +219,17 @@ def matrix_product_rate(size: int = 8192) -> float:
             torch.mm(left, right)
         torch.cuda.synchronize()
     return 20 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def pad(texts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def count_tokens(rows: list[dict]) -> int:
+    return sum(len(text) for row in rows for text in (row["query_ids"], row["positive_ids"], *row["negative_ids"]))
 
 
 def make_rows(count: int, vocabulary: int) -> list[dict]:
