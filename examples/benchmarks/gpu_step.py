@@ -65,6 +65,15 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_step.py needs a CUDA device")
+    settings = {  # before the accelerator: making them resets its state
+        keep: E5TrainingArguments(
+            output_dir=tempfile.gettempdir(),
+            mini_batch_num_tokens=args.mini_batch_num_tokens,
+            keep_graph_num_tokens=keep,
+            mask_duplicates=False,
+        )
+        for keep in ("auto", "0")
+    }
     accelerator = Accelerator(mixed_precision="bf16")
     config = MistralConfig(num_hidden_layers=args.layers, dtype=torch.bfloat16)
     model = accelerator.prepare(make_model(config, accelerator.device))
@@ -89,9 +98,7 @@ def main() -> None:
         save_result(args.output, {"layers": args.layers, "rate": rate, "runs": runs})
         return run
 
-    def ours(keep: str = "auto") -> Step:
-        return our_step(model, accelerator, args.mini_batch_num_tokens, keep)
-
+    ours = partial(our_step, model, accelerator, settings["auto"])
     record("hf-e5, whole batch", args.triplets, ours)
     base = record("hf-e5", args.peer_triplets, ours)
     for size in args.peer_mini_batch_sizes:
@@ -106,8 +113,9 @@ def main() -> None:
         record("hf-e5, the size of what follows", args.economy_triplets, ours)
     for economy in args.without:
         with ECONOMIES[economy]():
-            keep = "0" if economy == "kept graphs" else "auto"
-            record(f"hf-e5 without {economy}", args.economy_triplets, partial(ours, keep))
+            setting = settings["0" if economy == "kept graphs" else "auto"]
+            make_step = partial(our_step, model, accelerator, setting)
+            record(f"hf-e5 without {economy}", args.economy_triplets, make_step)
 
 
 def make_model(config: MistralConfig, device: torch.device) -> E5Model:
@@ -120,13 +128,7 @@ def make_model(config: MistralConfig, device: torch.device) -> E5Model:
     return E5Model(get_peft_model(backbone, lora), tokenizer).train()
 
 
-def our_step(model: E5Model, accelerator: Accelerator, budget: int, keep: str) -> Step:
-    settings = E5TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        mini_batch_num_tokens=budget,
-        keep_graph_num_tokens=keep,
-        mask_duplicates=False,
-    )
+def our_step(model: E5Model, accelerator: Accelerator, settings: E5TrainingArguments) -> Step:
     step = ContrastiveStep(model, settings, accelerator)
 
     def run(rows: list[dict]) -> float:
