@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from step_common import LORA_TARGETS, save_result
+from step_common import LORA_TARGETS, matrix_product_rate, save_result
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel
@@ -209,18 +209,6 @@ def print_run(name: str, run: dict) -> None:
         f"{run['share_of_rate']:.0%} of the rate, peak {run['peak_memory_gb']:.1f} GB{hours}",
         flush=True,
     )
-
-
-def matrix_product_rate(size: int = 8192) -> float:
-    """Operations per second of a large bf16 matrix product."""
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for repeats in (3, 20):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            torch.mm(left, right)
-        torch.cuda.synchronize()
-    return 20 * 2 * size**3 / (time.perf_counter() - started)
 
 
 def pad(texts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> E5Model:
 def peak_memory() -> float:
     """Peak resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def matrix_product_rate(size: int = 8192) -> float:
+    """Operations per second of a large bf16 matrix product on the CUDA device."""
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for repeats in (3, 20):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(left, right)
+        torch.cuda.synchronize()
+    return 20 * 2 * size**3 / (time.perf_counter() - started)
 
 
 def run_child(script: str, *arguments: str) -> dict:
