@@ -18,9 +18,9 @@ from torch import Tensor
 
 
 # Matrix libraries compile or tune a kernel for every shape they meet, which costs as much time as the products, and
-# memory. So packs come in few sizes, with at most this share of filler, and texts, for attention alone, in few lengths.
+# memory. So packs come in few sizes, with at most this share of filler, and texts in few lengths (in attention alone).
 FILLER_SHARE = 1 / 16
-LENGTH_STEP = 16
+LENGTH_STEP = 32
 # Queries of a text per block of attention: keys after a block's last query are never multiplied.
 BLOCK = 128
 # Pairs of query and key, per head, that a group has at a time: larger groups leave a core's cache.
@@ -206,9 +206,12 @@ def _groups(segments: Sequence[Segment], device: torch.device) -> Iterator[Group
     ):
         pairs = min(length, BLOCK) * (prefix[1] - prefix[0] + length)
         lengths = [segment.length for segment in run]
-        size = max(1, MAX_PAIRS // pairs)
-        for first in range(0, len(lengths), size):
+        first = 0
+        while first < len(lengths):
+            # A power of two, so that there are few sizes.
+            size = 2 ** (max(1, min(len(lengths) - first, MAX_PAIRS // pairs)).bit_length() - 1)
             members = lengths[first : first + size]
+            first += size
             start, stop = stop, stop + sum(members)
             places = None
             if sum(members) < len(members) * length:
