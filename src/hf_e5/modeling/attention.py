@@ -32,6 +32,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     Returns:
         [T, heads, head_dim].
     """
+    # Under autocast with fp32 weights, rotary embedding returns fp32 where `value` has the lower precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(query, key, value, pack, scale)
     return _PackedAttention.apply(query, key, value, pack.groups, scale)
