@@ -100,3 +100,9 @@ def reference(model, rows, mask_duplicates=True, temperature=0.05):
 
 def relative_error(grads, expected):
     return max(((grads[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+
+
+def flat_error(grads, expected):
+    """Relative error of the gradient as one vector: direction and length together."""
+    flat, expected_flat = (torch.cat([part[name].flatten().double() for name in expected]) for part in (grads, expected))
+    return ((flat - expected_flat).norm() / expected_flat.norm()).item()

@@ -167,6 +167,7 @@ def test_auto_keeps_what_the_free_memory_allows(model, monkeypatch):
     assert relative_error(grads[recomputed[0]], grads[0]) < 1e-6
 
 
-def test_fsdp_is_refused(model):
-    with pytest.raises(InputError, match="FSDP is not supported"):
-        ContrastiveStep(model, arguments(), SimpleNamespace(distributed_type=DistributedType.FSDP))
+def test_fsdp_version_1_is_refused(model):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(InputError, match="FSDP is not supported: use .* FSDP version 2"):
+        ContrastiveStep(model, arguments(), accelerator)

@@ -33,7 +33,7 @@ class Projection:
     @classmethod
     def of(cls, module: nn.Module) -> Projection | None:
         """Read a `Linear` or peft's LoRA `Linear`; None if it does more than this class says, or its base trains."""
-        if _has_hooks(module) or hasattr(getattr(module, "weight", None), "ds_id"):  # ZeRO-3: weights elsewhere
+        if has_hooks(module) or hasattr(getattr(module, "weight", None), "ds_id"):  # ZeRO-3: weights elsewhere
             return None
         if type(module) is nn.Linear:
             trains = any(parameter.requires_grad for parameter in module.parameters())
@@ -49,7 +49,7 @@ class Projection:
         name = names[0]
         adapter: Any = (module.lora_A[name], module.lora_B[name])
         dropout = module.lora_dropout[name]
-        if any(_has_hooks(part) or part.bias is not None or hasattr(part.weight, "ds_id") for part in adapter):
+        if any(has_hooks(part) or part.bias is not None or hasattr(part.weight, "ds_id") for part in adapter):
             return None
         probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         lora_A, lora_B = adapter[0].weight, adapter[1].weight
@@ -196,5 +196,6 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if total is None else total.addmm_(left, right)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward`: FSDP, ZeRO-3 and offloading gather weights there."""
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))

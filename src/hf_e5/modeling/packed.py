@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .attention import NAME, packed_attention, register
 from .backbone import is_checkpointing
 from .elementwise import rotate
-from .lora import Projection, linear_residual, norm_linear, swiglu_linear_residual
+from .lora import Projection, has_hooks, linear_residual, norm_linear, swiglu_linear_residual
 from .packing import Pack
 from .pooling import pool
 
@@ -96,7 +96,7 @@ def _fused_layers(decoder: Any) -> list[dict[str, Projection]] | None:
                     return None
                 projections[name] = projection
         trains = any(norm.weight.requires_grad for norm in norms) and not torch.is_inference_mode_enabled()
-        if trains or any(hasattr(norm.weight, "ds_id") for norm in norms):
+        if trains or any(map(has_hooks, (layer, layer.self_attn, layer.mlp, *norms))):
             return None
         layers.append(projections)
     return layers

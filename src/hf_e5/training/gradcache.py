@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 FORWARD_ONLY_FACTOR = 4
 # Share of the free memory that "auto" gives to kept graphs; the rest is for the backward pass and the optimizer.
 KEEP_SHARE = 0.6
-# Where the step is known to be exact.
+# Where the step is known to be exact; besides, FSDP version 2.
 SUPPORTED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -63,22 +63,23 @@ class StepOutput:
 class ContrastiveStep:
     """Forward and backward of one contrastive batch.
 
-    Exact for one process, DDP and DeepSpeed ZeRO-1, 2 and 3, with any number of rows per process, with dropout, in any
+    Exact for one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP 2, with any number of rows per process, with dropout, in any
     precision (docs/contrastive_step.md has the measured errors).
 
     Args:
-        model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP or DeepSpeed engine).
+        model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP, DeepSpeed engine or FSDP 2).
         args: [`~hf_e5.E5TrainingArguments`].
         accelerator: runs backward, and so owns loss scaling, gradient synchronisation and ZeRO.
 
     Raises:
-        InputError: The accelerator distributes in a way for which the step is not known to be exact (FSDP).
+        InputError: The accelerator distributes in a way for which the step is not known to be exact (FSDP 1).
     """
 
     def __init__(self, model: nn.Module, args: Any, accelerator: Accelerator):
-        if accelerator.distributed_type not in SUPPORTED:
+        if accelerator.distributed_type not in SUPPORTED and not accelerator.is_fsdp2:
             raise InputError(
-                f"training under {accelerator.distributed_type.value} is not supported: use DDP or DeepSpeed"
+                f"training under {accelerator.distributed_type.value} is not supported: "
+                "use DDP, DeepSpeed or FSDP version 2"
             )
         self.model, self.args, self.accelerator = model, args, accelerator
         self.encoder: E5Model = accelerator.unwrap_model(model)
@@ -202,6 +203,7 @@ class ContrastiveStep:
             state._set_sync_gradients(synchronises)
 
     def _no_sync(self) -> AbstractContextManager:
+        # Only DDP: ZeRO-2, ZeRO-3 and FSDP reduce after each micro-batch, so that no process holds whole gradients.
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _has_dropout(self) -> bool:
@@ -213,7 +215,7 @@ class ContrastiveStep:
     def _agree(self, largest: int, smallest: int) -> tuple[int, int]:
         """The largest and the smallest of these counts over all processes.
 
-        Gathers of ZeRO-3 and broadcasts of DDP happen per forward pass: every process must make equally many.
+        Gathers of ZeRO-3 and FSDP and broadcasts of DDP happen per forward pass: every process must make equally many.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return largest, smallest

@@ -40,12 +40,14 @@ def free_memory(device: torch.device) -> int:
 
 def graph_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of `forward`, without parameters and buffers of `module`."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    own = {buffer.untyped_storage().data_ptr() for buffer in module.buffers()}
     storages: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
+        # By type, not by address: ZeRO-3 and FSDP gather parameters for the forward pass and free them after it.
+        is_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if not is_parameter and storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 

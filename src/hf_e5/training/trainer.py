@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class E5Trainer(Trainer):
             return dataset
         query, passage = self._max_lengths
         return tokenize_dataset(dataset, self._tokenizer, query_max_length=query, passage_max_length=passage)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            _complete_fsdp_plugin(self.accelerator.state.fsdp_plugin, self.model.backbone)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of one task each, the same plan on every process (`hf_e5.data.sampler.TaskBatchSampler`)."""
@@ -168,7 +174,9 @@ class E5Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         backbone = self.model.backbone
-        if isinstance(backbone, PeftModel):
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model=self.model)
+        elif isinstance(backbone, PeftModel):
             require_adapter_loaded(backbone, resume_from_checkpoint)
             set_peft_model_state_dict(backbone, load_peft_weights(resume_from_checkpoint, device="cpu"))
         else:
@@ -179,6 +187,17 @@ class E5Trainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _complete_fsdp_plugin(plugin: Any, backbone: Any) -> None:
+    """Fill in what accelerate cannot know of an `E5Model`, before it shards the model."""
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise InputError("FSDP would save no model that can be loaded: set fsdp_state_dict_type: FULL_STATE_DICT")
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(backbone._no_split_modules)
+    if plugin.mixed_precision_policy is not None:
+        # Vectors leave the model in fp32; by default they would be rounded to the precision of the layers.
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
 
 def _batch_sampler(dataset: Any, args: E5TrainingArguments) -> TaskBatchSampler | None:
