@@ -91,9 +91,7 @@ def full_parameters(model) -> dict[str, torch.Tensor]:
             return safe_get_full_fp32_param(parameter)
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
-    return {
-        name: whole(value).detach().clone() for name, value in model.named_parameters() if value.requires_grad
-    }
+    return {name: whole(value).detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def measure(checkpoint: Path, wrapper: str, precision: str, use_peft: bool, options: dict) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` (two processes) from test_training_distributed.py: train two steps, resume after the first.
+"""Run by `accelerate launch` (two processes) from test_trainer_distributed.py: train two steps, resume after the first.
 
 Arguments: checkpoint, rows (.jsonl), folder for the results, `lora` or `full`, dtype of the weights. Writes the trained
 weights of the run (`trained.safetensors`) and of one resumed from its first checkpoint (`resumed.safetensors`), whole.
@@ -6,7 +6,9 @@ weights of the run (`trained.safetensors`) and of one resumed from its first che
 
 import sys
 
+import fsdp_on_cpu
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -17,9 +19,9 @@ from hf_e5 import E5Model, E5Trainer, E5TrainingArguments
 
 def train(checkpoint, rows, output_dir, kind, dtype, **options):
     args = E5TrainingArguments(
-        output_dir=f"{output_dir}/run", per_device_train_batch_size=8, max_steps=2, save_steps=1, learning_rate=1e-2,
+        output_dir=f"{output_dir}/run", per_device_train_batch_size=16 // PartialState().num_processes, max_steps=2, save_steps=1, learning_rate=1e-2,
         warmup_steps=0, lr_scheduler_type="constant", logging_steps=1, query_max_length=48, passage_max_length=48,
-        mini_batch_num_tokens=256, keep_graph_num_tokens=512, report_to="none", use_cpu=True, disable_tqdm=True,
+        mini_batch_num_tokens=256, report_to="none", use_cpu=True, disable_tqdm=True,
         bf16=dtype == "bfloat16", homogeneous_batches=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -47,7 +49,11 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
 def main() -> None:
     checkpoint, data, output_dir, kind, dtype = sys.argv[1:]
     rows = Dataset.from_json(data)
-    for name, options in {"trained": {}, "resumed": {"resume_from_checkpoint": f"{output_dir}/run/checkpoint-1"}}.items():
+    fsdp_on_cpu.allow()
+    for name, options in {
+        "trained": {},
+        "resumed": {"resume_from_checkpoint": f"{output_dir}/run/checkpoint-1"},
+    }.items():
         trainer = train(checkpoint, rows, output_dir, kind, dtype, **options)
         assert 0 < trainer.evaluate()["eval_loss"] < 50
         weights = whole_weights(trainer)

@@ -15,6 +15,8 @@ def _init(self, *args, fsdp_plugin=None, **kwargs) -> None:
         if self.mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self.mixed_precision)
         self.fsdp_plugin = fsdp_plugin
+    elif "fsdp_plugin" in self.__dict__:
+        self.distributed_type = DistributedType.FSDP  # the state is shared, and set up again from the process's
 
 
 def allow() -> None:

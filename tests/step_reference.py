@@ -104,5 +104,7 @@ def relative_error(grads, expected):
 
 def flat_error(grads, expected):
     """Relative error of the gradient as one vector: direction and length together."""
-    flat, expected_flat = (torch.cat([part[name].flatten().double() for name in expected]) for part in (grads, expected))
+    flat, expected_flat = (
+        torch.cat([part[name].flatten().double() for name in expected]) for part in (grads, expected)
+    )
     return ((flat - expected_flat).norm() / expected_flat.norm()).item()

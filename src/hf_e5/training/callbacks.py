@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 
@@ -26,6 +27,13 @@ class LoraGradientCheck(TrainerCallback):
             if parameter.requires_grad and ("lora_A" in name or "lora_B" in name):
                 self._largest[name] = None
                 self._handles.append(parameter.register_hook(self._record(name)))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if not self._handles:
+            return
+        for name, parameter in model.named_parameters():
+            if name in self._largest and isinstance(parameter.grad, DTensor):  # of FSDP, which calls no hooks
+                self._record(name)(parameter.grad.full_tensor())
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if not self._handles:
