@@ -1,8 +1,8 @@
-"""Run by `torchrun` (two processes) from test_gradcache_distributed.py: the step under DDP, every ZeRO stage and FSDP 2.
+"""Run by `torchrun` (two processes) from test_gradcache_distributed.py: the step under DDP, ZeRO-1, 2, 3 and FSDP 2.
 
 Each process holds half of the rows, unevenly cut; the gradient of the whole step must be that of one process with all
-rows. Rank 0 prints one JSON line per case: its name, the largest relative error over all trained tensors (`error`), and
-that of the whole gradient (`overall`).
+rows. Rank 0 prints one JSON line per case: its name, the largest relative error over all trained tensors (`error`),
+and that of the whole gradient (`overall`).
 
 Arguments: checkpoint, wrappers (`ddp,1,2,3,fsdp2`), precision (`no`, `bf16` or `fp16`).
 """

@@ -1,14 +1,14 @@
-"""Run by `accelerate launch` (two processes) from test_trainer_distributed.py: train two steps, resume after the first.
+"""Run by `accelerate launch` (two processes) from test_trainer_distributed.py: train two steps, resume after one.
 
-Arguments: checkpoint, rows (.jsonl), folder for the results, `lora` or `full`, dtype of the weights. Writes the trained
-weights of the run (`trained.safetensors`) and of one resumed from its first checkpoint (`resumed.safetensors`), whole.
+Arguments: checkpoint, rows (.jsonl), folder for the results, `lora` or `full`, dtype of the weights. Writes the
+trained weights of the run (`trained.safetensors`) and of one resumed after its first step (`resumed.safetensors`).
 """
 
+import os
 import sys
 
 import fsdp_on_cpu
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -19,11 +19,21 @@ from hf_e5 import E5Model, E5Trainer, E5TrainingArguments
 
 def train(checkpoint, rows, output_dir, kind, dtype, **options):
     args = E5TrainingArguments(
-        output_dir=f"{output_dir}/run", per_device_train_batch_size=16 // PartialState().num_processes, max_steps=2, save_steps=1, learning_rate=1e-2,
-        warmup_steps=0, lr_scheduler_type="constant", logging_steps=1, query_max_length=48, passage_max_length=48,
-        mini_batch_num_tokens=256, report_to="none", use_cpu=True, disable_tqdm=True,
-        bf16=dtype == "bfloat16", homogeneous_batches=False,
-    )  # fmt: skip
+        output_dir=f"{output_dir}/run",
+        per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")),
+        max_steps=2,
+        save_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        query_max_length=48,
+        passage_max_length=48,
+        mini_batch_num_tokens=256,
+        homogeneous_batches=False,
+        bf16=dtype == "bfloat16",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
     model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=lora if kind == "lora" else None)

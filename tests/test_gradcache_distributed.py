@@ -1,4 +1,4 @@
-"""Invariant 3 with two processes: DDP, DeepSpeed ZeRO-1, 2, 3 and FSDP 2 give the gradient of one process with all rows."""
+"""Invariant 3 with two processes: DDP, ZeRO-1, 2, 3 and FSDP 2 give the gradient of one process with all rows."""
 
 import json
 import os

@@ -63,8 +63,8 @@ class StepOutput:
 class ContrastiveStep:
     """Forward and backward of one contrastive batch.
 
-    Exact for one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP 2, with any number of rows per process, with dropout, in any
-    precision (docs/contrastive_step.md has the measured errors).
+    Exact for one process, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP 2, with any number of rows per process, with
+    dropout, in any precision (docs/contrastive_step.md has the measured errors).
 
     Args:
         model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP, DeepSpeed engine or FSDP 2).
