@@ -46,6 +46,7 @@ style: $(VENV)/.dev  ## Fix style
 bench: $(VENV)/.dev  ## Compare the contrastive step with sentence-transformers' (needs a quiet machine, 10 minutes)
 	$(BIN)/python examples/benchmarks/train_step.py --triplets 32 --peer_settings mini_batch_size=8
 	$(BIN)/python examples/benchmarks/loss_stage.py
+	$(BIN)/python examples/benchmarks/encode.py --texts 60
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) outputs build src/*.egg-info
