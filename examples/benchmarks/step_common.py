@@ -66,8 +66,9 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> E5Model:
 
 
 def peak_memory() -> float:
-    """Peak resident memory of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """Peak resident memory of this process so far, in GB (Linux; `ru_maxrss` would begin at the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def matrix_product_rate(size: int = 8192) -> float:
