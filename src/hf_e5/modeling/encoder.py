@@ -148,7 +148,7 @@ class E5Model(nn.Module):
         Args:
             input_ids: Token ids, [batch, tokens], int64, padded on either side.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens].
-            pack: Instead of both: texts laid flat, without padding (where `supports_packing` says so).
+            pack: Instead of both: texts laid flat (where `supports_packing` says so).
 
         Returns:
             [batch, dim], fp32, unit norm unless `normalize` is off; for a pack in the order of its texts.

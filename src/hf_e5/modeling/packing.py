@@ -1,4 +1,4 @@
-"""Packs: texts of any length laid flat, one after the other, so that no linear layer ever computes on padding.
+"""Packs: texts of any length laid flat, one after the other, so that linear layers compute hardly any padding.
 
 A pack is one micro-batch. Only attention needs to know where a text ends; for it the pack describes *groups* of texts
 of like length. Texts that begin with the same instruction can share it: its tokens then stand there once,

@@ -6,7 +6,7 @@ the loss and its gradient on the embeddings, then run backward one micro-batch a
 The sum of these backward passes is exactly the gradient of the whole batch.
 
 What this version does differently from others is described in docs/contrastive_step.md: micro-batches are packs
-without padding, and the graphs of as many as memory allows are kept instead of computed a second time.
+with hardly any padding, and the graphs of as many as memory allows are kept instead of computed a second time.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Plan:
         kept, recomputed = (sum(batch.num_tokens for batch in part) for part in (self.kept, self.recomputed))
         return (
             f"{kept + recomputed} tokens in {len(self.kept) + len(self.recomputed)} micro-batches, "
-            f"{'packed without padding' if isinstance(self.kept[0], Pack) else 'padded'}; "
+            f"{'packed' if isinstance(self.kept[0], Pack) else 'padded'}; "
             f"{recomputed / (kept + recomputed):.0%} of them are encoded twice for lack of memory"
         )
 
