@@ -152,3 +152,10 @@ def test_layers_that_do_more_than_lora_are_left_to_peft():
     for options in ({"use_dora": True}, {"lora_bias": True}):
         model = get_peft_model(tiny_backbone("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
         assert _fused_layers(model.get_base_model()) is None
+
+
+def test_models_with_dropout_in_attention_are_not_packed():
+    backbone = tiny_backbone("llama")
+    assert supports_packing(backbone, 64)
+    backbone.config.attention_dropout = 0.1
+    assert not supports_packing(backbone, 64)

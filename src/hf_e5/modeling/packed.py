@@ -33,6 +33,8 @@ def supports_packing(backbone: PreTrainedModel | PeftModel, max_length: int) -> 
     window = getattr(config, "sliding_window", None)
     if len(set((getattr(backbone, "hf_device_map", None) or {}).values())) > 1:
         return False  # a pack lies on one device
+    if getattr(config, "attention_dropout", 0.0):
+        return False  # the packs' attention has none
     return config.model_type in PACKABLE and (window is None or max_length <= window)
 
 
