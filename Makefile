@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test slow_tests quality style bench clean
@@ -25,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 quickstart: $(VENV)/.base  ## Fine-tune, export and compare a real 135M LLM (under 10 minutes on 2 cores)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/quickstart.py --started $(STARTED)
 
 test: $(VENV)/.dev  ## Run the test suite
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,62 +1,122 @@
 """From records to a searchable embedding model in one go: `make quickstart`.
 
-Builds a dataset from the sample records, fine-tunes SmolLM2-135M on it, exports a sentence-transformers model, reloads
-that, and compares it with the untrained model on tasks that were not trained on. A step that is done is not repeated;
+Builds a dataset from the sample records, fine-tunes SmolLM2-135M on it, exports a sentence-transformers model, and
+compares it with the untrained model on tasks that were not trained on. Training gets the time that is left of
+`MINUTES`, so that the whole stays under ten minutes on two ordinary CPU cores. A stage that is done is not repeated;
 remove outputs/quickstart to start anew.
 """
 
-import os
-import subprocess
+from hf_e5.environment import prepare_process
+
+
+prepare_process()  # before anything imports torch
+
+import argparse
+import json
 import sys
 import time
-from collections import defaultdict
+from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
+import datasets
 import torch
-from datasets import load_dataset
+import transformers
 from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
 
-from hf_e5 import E5Model
-from hf_e5.instructions import format_query
-from hf_e5.metrics import NDCG, Accuracy
+from hf_e5 import E5Model, E5Trainer, E5TrainingArguments, build_dataset, export_sentence_transformer
+from hf_e5.config import parse_config
+from hf_e5.environment import fastest_dtype
+from hf_e5.evaluation.retrieval import RetrievalResult, comparison_table, evaluate_rows, share_found
+from hf_e5.training.arguments import DataArguments, ModelArguments
+from hf_e5.training.callbacks import FitToTime
+from hf_e5.training.trainer import last_checkpoint
 
 
+MINUTES = 9  # from the start of `make`; one is left for what cannot be foreseen
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECORDS = "examples/data/triplets.jsonl"
+RECIPE = "recipes/configs/smollm2_135m_cpu.yaml"
 OUT = Path("outputs/quickstart")
-DATASET, CHECKPOINT, MODEL = OUT / "dataset", OUT / "checkpoint", OUT / "model"
-MAX_LENGTH = 96
+DATASET, CHECKPOINT, MODEL, BEFORE = OUT / "dataset", OUT / "checkpoint", OUT / "model", OUT / "untrained.json"
+MAX_LENGTH = 96  # tokens of a text in evaluation and search
+ROWS_PER_TYPE = 24  # of the test split, so that evaluation leaves most of the time to training
 
 
-def main() -> None:
-    started = time.time()
-    base = find_base_model()
-    step("1. Build a dataset: train and test share no task", DATASET,
-         "hf-e5", "build", RECORDS, DATASET, "--test_size", "0.1")  # fmt: skip
-    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16"]
-    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]
-    step("2. Fine-tune: LoRA, InfoNCE over in-batch and hard negatives", CHECKPOINT / "adapter_model.safetensors",
-         *launch, "recipes/train_mistral.py", "--config", "recipes/configs/smollm2_135m_cpu.yaml",
-         "--model_name_or_path", base, "--dataset_name", DATASET, "--output_dir", CHECKPOINT)  # fmt: skip
-    step("3. Export for sentence-transformers, checked against the checkpoint", MODEL,
-         "hf-e5", "export", CHECKPOINT, MODEL, "--merge", "--dtype", "bfloat16",
-         "--max_seq_length", str(MAX_LENGTH))  # fmt: skip
+def main(started: float) -> None:
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    dtype = fastest_dtype()
 
-    heading("4. Compare on the test split: tasks never trained on")
-    rows = load_dataset(str(DATASET), split="test")
-    before = E5Model.from_pretrained(base, dtype=torch.bfloat16)
-    results_before = evaluate(rows, lambda texts: before.encode(texts, max_length=MAX_LENGTH, show_progress=True))
-    model = SentenceTransformer(str(MODEL), device="cpu")
-    results_after = evaluate(
-        rows, lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=True).float()
-    )
-    print_table(results_before, results_after)
+    stage("1. Dataset", "train and test share no task")
+    if not DATASET.exists():
+        build_dataset([RECORDS], DATASET, test_size=0.1)
+    say(f"{DATASET}, card {DATASET / 'README.md'}")
+    test_rows = sample(datasets.load_dataset(str(DATASET), split="test"))
 
-    heading("5. Search")
+    stage("2. Training", f"SmolLM2-135M, LoRA, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads")
+    if (CHECKPOINT / "adapter_model.safetensors").exists():
+        say(f"done before: {CHECKPOINT}")
+        before = {name: RetrievalResult(**result) for name, result in json.loads(BEFORE.read_text()).items()}
+    else:
+        before = train(test_rows, dtype, started)
+
+    stage("3. Export", "a sentence-transformers folder, compared with the trained model")
+    if MODEL.exists():
+        say(f"done before: {MODEL}")
+    else:
+        say(
+            export_sentence_transformer(CHECKPOINT, MODEL, merge=True, dtype=torch.bfloat16, max_seq_length=MAX_LENGTH)
+        )
+
+    stage("4. Comparison", "untrained -> trained, on tasks never trained on")
+    model = SentenceTransformer(str(MODEL), device="cpu", model_kwargs={"dtype": dtype})
+    after = evaluate_rows(test_rows, lambda texts: model.encode(texts, convert_to_tensor=True).float())
+    say(comparison_table(before, after))
+    if find_spec("matplotlib"):
+        say(f"\nwhere the right document ranks: {draw_ranks(before, after)}")
+
+    stage("5. Search", "")
     search(model)
-    print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Load the model: SentenceTransformer('{MODEL}')")
+    say(
+        f"\nDone in {(time.time() - started) / 60:.1f} minutes. What to type next:\n"
+        f"""  .venv/bin/python -c 'from sentence_transformers import SentenceTransformer as S; m = S("{MODEL}"); """
+        """print(m.similarity(m.encode_query(["your question"]), m.encode_document(["your text", "another"])))'\n"""
+        "  .venv/bin/hf-e5 train --help                    # your own data: docs/how-to/own_data.md\n"
+        f"  .venv/bin/hf-e5 push {MODEL} USER/NAME"
+    )
+
+
+def train(test_rows: list[dict], dtype: torch.dtype, started: float) -> dict[str, RetrievalResult]:
+    """Evaluate the untrained model, then train it for as long as there is time; returns the untrained results."""
+    since = time.time()
+    precision = ["--dtype", str(dtype).removeprefix("torch."), "--bf16", str(dtype == torch.bfloat16)]
+    model_args, data_args, training_args = parse_config(
+        (ModelArguments, DataArguments, E5TrainingArguments),
+        ["--config", RECIPE, "--model_name_or_path", find_base_model(), "--dataset_name", str(DATASET),
+         "--output_dir", str(CHECKPOINT), "--restore_callback_states_from_checkpoint", "true", *precision],
+    )  # fmt: skip
+    transformers.set_seed(training_args.seed)
+    model: E5Model = model_args.load()
+    load_seconds = time.time() - since
+
+    since = time.time()
+    before = evaluate_rows(test_rows, lambda texts: model.encode(texts, max_length=MAX_LENGTH))  # LoRA starts at zero
+    BEFORE.write_text(json.dumps({name: asdict(result) for name, result in before.items()}), encoding="utf-8")
+    evaluation_seconds = time.time() - since
+
+    # Export loads the model three times, in other forms; evaluation takes what it took now.
+    reserved = 3 * load_seconds + 1.5 * evaluation_seconds + 15
+    seconds = started + 60 * MINUTES - time.time() - reserved
+    say(f"{max(seconds, 0):.0f} s are left for training: at most {training_args.max_steps} steps, as many as fit")
+    fit = FitToTime(seconds)
+    trainer = E5Trainer(model, training_args, train_dataset=data_args.load_train(), callbacks=[fit])
+    trainer.train(resume_from_checkpoint=last_checkpoint(CHECKPOINT))
+    trainer.save_model()
+    return before
 
 
 def find_base_model() -> str:
@@ -71,61 +131,38 @@ def find_base_model() -> str:
         return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
-def heading(text: str) -> None:
-    print(f"\n=== {text}", flush=True)
+def sample(rows: datasets.Dataset) -> list[dict]:
+    """The first rows of each task type."""
+    by_type = groupby(sorted(rows, key=lambda row: row["task_type"]), key=lambda row: row["task_type"])
+    return [row for _, group in by_type for row in list(group)[:ROWS_PER_TYPE]]
 
 
-def step(title: str, made: Path, *command: object) -> None:
-    """Run a command unless what it makes is there."""
-    heading(title)
-    if made.exists():
-        print(f"done before: {made}")
-        return
-    print("$", *command, flush=True)
-    started = time.time()
-    result = subprocess.run([str(part) for part in command])
-    if result.returncode:
-        sys.exit(f"quickstart: step failed with exit code {result.returncode}; run it again to go on")
-    print(f"({time.time() - started:.0f} s)")
+def stage(title: str, what: str) -> None:
+    print(f"\n=== {title}{': ' if what else ''}{what}", flush=True)
 
 
-def evaluate(rows, encode) -> dict[str, dict[str, float]]:
-    """nDCG@10 and recall@1 per task type; each row searches among all documents of its type."""
-    by_type = defaultdict(list)
-    for row in rows:
-        by_type[row["task_type"]].append(row)
-    queries = [format_query(row["query"], row["instruction"]) for group in by_type.values() for row in group]
-    corpora = {
-        name: list(dict.fromkeys(text for row in group for text in (row["positive"], row["negative"]) if text))
-        for name, group in by_type.items()
-    }
-    vectors = iter(encode([*queries, *(text for corpus in corpora.values() for text in corpus)]))
-    query_vectors = {name: torch.stack([next(vectors) for _ in group]) for name, group in by_type.items()}
-    results = {}
-    for name, corpus in corpora.items():
-        scores = query_vectors[name] @ torch.stack([next(vectors) for _ in corpus]).T
-        found = {
-            "predictions": scores.topk(min(10, len(corpus))).indices.tolist(),
-            "references": [[corpus.index(row["positive"])] for row in by_type[name]],
-        }
-        results[name] = {
-            "queries": len(by_type[name]),
-            "documents": len(corpus),
-            **NDCG().compute(**found),
-            **Accuracy().compute(**found),
-        }
-    return results
+def say(text: object) -> None:
+    print(text, flush=True)
 
 
-def print_table(before: dict, after: dict) -> None:
-    line = "{:<12} {:>8} {:>10}   {:>7} -> {:<7}   {:>7} -> {:<7}"
-    print("\n" + line.format("task type", "queries", "documents", "nDCG@10", "", "rec@1", ""))
-    for name in [*before, None]:
-        old, new = ({k: sum(r[k] for r in side.values()) / len(side) for k in before[next(iter(before))]}
-                    if name is None else side[name] for side in (before, after))  # fmt: skip
-        counts = ("", "") if name is None else (old["queries"], old["documents"])
-        values = [f"{side[key]:.3f}" for key in ("ndcg_at_10", "accuracy") for side in (old, new)]
-        print(line.format(name or "mean", *counts, *values))
+def draw_ranks(before: dict[str, RetrievalResult], after: dict[str, RetrievalResult]) -> Path:
+    """Draw, for both models, the share of queries whose right document is among the first k."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cutoffs = range(1, 21)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, results, color in (("untrained", before, "#9aa0a6"), ("trained", after, "#1a73e8")):
+        axes.step(cutoffs, share_found(results.values(), cutoffs), where="post", label=label, color=color, linewidth=2)
+    axes.set(xlabel="first k documents", ylabel="share of queries that find theirs", xlim=(1, 20), ylim=(0, 1))
+    axes.set_xticks([1, 5, 10, 15, 20])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    path = OUT / "ranks.png"
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def search(model: SentenceTransformer) -> None:
@@ -144,4 +181,6 @@ def search(model: SentenceTransformer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--started", type=float, default=time.time(), help="when the clock began, in Unix seconds")
+    main(parser.parse_args().started)

@@ -15,6 +15,7 @@ _EXPORTS = {
     "E5Trainer": "hf_e5.training.trainer",
     "E5TrainingArguments": "hf_e5.training.arguments",
     "SyntheticTriplets": "hf_e5.data.builder",
+    "build_dataset": "hf_e5.data.build",
     "export_sentence_transformer": "hf_e5.export.sentence_transformer",
     "info_nce": "hf_e5.training.losses",
     "synthesize": "hf_e5.synthesis.pipeline",
@@ -27,6 +28,7 @@ __all__ = [
     "E5Trainer",
     "E5TrainingArguments",
     "SyntheticTriplets",
+    "build_dataset",
     "export_sentence_transformer",
     "info_nce",
     "synthesize",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .data.build import build_dataset
     from .data.builder import SyntheticTriplets
     from .data.collator import E5DataCollator
     from .export.sentence_transformer import export_sentence_transformer

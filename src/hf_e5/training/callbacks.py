@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import sys
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 
 class LoraGradientCheck(TrainerCallback):
@@ -61,6 +67,96 @@ class LoraGradientCheck(TrainerCallback):
             self._largest[name] = largest if before is None else torch.maximum(before, largest)
 
         return hook
+
+
+class FitToTime(TrainerCallback, ExportableState):
+    """Shorten a run so that it ends in time: its number of steps, and with them its learning-rate schedule.
+
+    `args.max_steps` is the most that a run gets. After `MEASURED` steps (the first one, which also loads kernels, not
+    counted) it is cut to what fits; the warm-up, which no schedule of transformers makes depend on the number of
+    steps, is then still going on. If steps become slower later, the run is cut again: the learning rate drops
+    at once, and still ends where the schedule ends. One process only: the clocks of several would disagree.
+
+    Args:
+        seconds: From the start of training to its last step.
+        least: Steps that are taken whatever they cost.
+
+    A resumed run keeps the number of steps (with `restore_callback_states_from_checkpoint`) and gets `seconds` anew.
+    """
+
+    MEASURED = 3
+
+    def __init__(self, seconds: float, least: int = 8) -> None:
+        self.seconds, self.least = seconds, least
+        self.max_steps: int | None = None  # None until the first steps are measured
+        self._durations: list[float] = []
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        self._started = self._step_ended = time.monotonic()
+        if self.max_steps is not None:
+            self._cut(self.max_steps, state, lr_scheduler)
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        now = time.monotonic()
+        self._durations.append(now - self._step_ended)
+        self._step_ended = now
+        if len(self._durations) <= self.MEASURED:
+            return
+        left = self.seconds - (now - self._started)
+        fitting = math.floor(left / statistics.median(self._durations[-self.MEASURED :]))
+        most = max(state.global_step + fitting, self.least)
+        if self.max_steps is None or most < self.max_steps:
+            self._cut(min(most, state.max_steps), state, lr_scheduler)
+            control.should_training_stop = state.global_step >= state.max_steps
+
+    def _cut(self, max_steps: int, state: Any, lr_scheduler: Any) -> None:
+        self.max_steps = state.max_steps = max_steps
+        for schedule in lr_scheduler.lr_lambdas:
+            schedule.keywords["num_training_steps"] = max_steps
+
+    def state(self) -> dict:
+        return {
+            "args": {"seconds": self.seconds, "least": self.least},
+            "attributes": {"max_steps": self.max_steps},
+        }
+
+
+class LogTable(ProgressCallback):
+    """The training log as a table, above the progress bar where there is a terminal."""
+
+    # Field of the log: head of its column, format.
+    COLUMNS = {
+        "loss": ("loss", "{:.3f}"),
+        "accuracy": ("accuracy", "{:.3f}"),
+        "positive_similarity": ("positive", "{:.3f}"),
+        "negative_similarity": ("negative", "{:.3f}"),
+        "hard_negative_similarity": ("hard neg.", "{:.3f}"),
+        "grad_norm": ("grad norm", "{:.2f}"),
+        "learning_rate": ("lr", "{:.1e}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_head = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and (args.disable_tqdm or not sys.stderr.isatty()):
+            self.training_bar.disable = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" not in logs:  # an evaluation, or the summary at the end
+            shown = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+            return
+        if not self._has_head:
+            tqdm.write(" ".join([f"{'step':>6}", *(f"{head:>9}" for head, _ in self.COLUMNS.values())]))
+            self._has_head = True
+        cells = [form.format(float(logs[name])) if name in logs else "" for name, (_, form) in self.COLUMNS.items()]
+        tqdm.write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
 
 
 class RunningMeans:

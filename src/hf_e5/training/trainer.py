@@ -16,7 +16,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import speed_metrics
 
@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..modeling.backbone import require_adapter_loaded
 from ..modeling.encoder import E5Model
 from .arguments import E5TrainingArguments
-from .callbacks import LoraGradientCheck, RunningMeans
+from .callbacks import LogTable, LoraGradientCheck, RunningMeans
 from .evaluator import evaluate_retrieval
 from .gradcache import ContrastiveStep
 
@@ -74,6 +74,9 @@ class E5Trainer(Trainer):
             **kwargs,
         )
         self.add_callback(LoraGradientCheck())
+        for printer in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(printer) is not None:
+                self.add_callback(LogTable())
         self._step: ContrastiveStep | None = None
         self._means = RunningMeans()
         self._tokens = 0

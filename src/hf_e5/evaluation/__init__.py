@@ -1,0 +1,1 @@
+"""Evaluation: a finished model is judged."""
