@@ -77,7 +77,7 @@ def export(name: str, dtype: torch.dtype, work: Path) -> None:
     report = export_sentence_transformer(
         work / "checkpoint", work / "model", merge=True, instruction=INSTRUCTION, dtype=dtype
     )
-    print(f"exported, max difference {report.max_difference:.1e} in fp32", flush=True)
+    print(f"exported: {report}", flush=True)
 
 
 def read_texts(source: Path, count: int) -> dict[str, list[str]]:

@@ -7,9 +7,8 @@ class paths and pooling keys in their long-standing spelling, EOS in `tokenizer.
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,14 +16,12 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from ..errors import InputError
-from ..instructions import BITEXT_INSTRUCTION, STS_INSTRUCTION, query_prompt
 from ..modeling.backbone import ADAPTER_CONFIG, base_model_name
 from ..modeling.encoder import E5Model
 from .card import model_card
-from .verify import VerifyReport, compare, encode_probes
+from .settings import ExportSettings, merge_and_cast
+from .verify import TEXTS, Probes, VerifyReport, compare, encode_finite
 
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -58,11 +55,11 @@ def export_sentence_transformer(
         dtype: Of merged or full weights; the base checkpoint's if unset.
 
     Returns:
-        How far the vectors of the written folder are from the checkpoint's.
+        How near the written folder is to the model that was written (fidelity), and that to the checkpoint (drift).
 
     Raises:
-        InputError: `checkpoint` is not one, `out` exists, the adapter changes nothing, or the written folder does not
-            give the checkpoint's vectors.
+        InputError: `checkpoint` is not one, `out` exists, the adapter changes nothing, `dtype` is given for an adapter
+            that is not merged, or the written folder does not give the vectors of the model that was written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / ADAPTER_CONFIG).is_file() and not (checkpoint / "config.json").is_file():
@@ -70,45 +67,66 @@ def export_sentence_transformer(
     if out.exists():
         raise InputError(f"{out} exists: remove it or choose another folder")
     model = E5Model.from_pretrained(checkpoint, dtype=torch.float32)
-    backbone = model.backbone
-    stored = dtype or _checkpoint_dtype(model, checkpoint)
-    if isinstance(backbone, PeftModel):
-        if not merge and model.gguf_file:
-            raise InputError(f"{checkpoint} was trained on a GGUF file, which needs its adapter merged: use --merge")
-    elif merge:
-        raise InputError(f"{checkpoint} has no adapter to merge: leave out --merge")
-    reference = encode_probes(model, instruction, max_seq_length)
-    if isinstance(backbone, PeftModel):
-        with backbone.disable_adapter():
-            untrained = encode_probes(model, instruction, max_seq_length)
-        if (reference - untrained).abs().max() < 1e-6:
-            raise InputError(f"the adapter in {checkpoint} changes nothing: it was not trained")
-        if merge:
-            model.backbone = backbone.merge_and_unload(safe_merge=True)
-    if not isinstance(model.backbone, PeftModel):
-        model.to(stored)  # once, after everything is computed in fp32
+    _check_options(model, checkpoint, merge, max_seq_length, dtype)
+    stored = None if model.is_peft and not merge else dtype or _checkpoint_dtype(model, checkpoint)
+    settings = ExportSettings(
+        instruction=instruction,
+        max_seq_length=max_seq_length,
+        merged=merge,
+        dtype=str(stored).removeprefix("torch.") if stored else None,
+        pooling=model.pooling,
+        normalize=model.normalize,
+    )
+    probes = Probes.of(model.tokenizer, settings)
+    trained = encode_finite(probes, model, str(checkpoint))
+    merge_and_cast(model, settings)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        _write(model, folder, instruction, max_seq_length)
-        del model, backbone  # a second copy is about to be loaded
-        report = compare(folder, reference, instruction=instruction, dtype=stored)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+        folder = Path(work) / out.name
+        folder.mkdir()  # with the user's permissions, which the temporary folder does not have
+        _write(model, folder, settings)
+        reference = trained
+        if settings.dtype is not None:
+            reference = encode_finite(probes, model.float(), f"{checkpoint} cast to {settings.dtype}")
+        del model  # a second copy is about to be loaded
+        report = replace(compare(folder, probes, reference, probes.drift(trained, reference)), folder=out)
         report.raise_if_different()
-        folder.chmod(0o755)  # mkdtemp makes it private
         folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return report
 
 
-def _write(model: E5Model, folder: Path, instruction: str, max_seq_length: int) -> None:
-    model.tokenizer.model_max_length = max_seq_length
+def _check_options(
+    model: E5Model, checkpoint: Path, merge: bool, max_seq_length: int, dtype: torch.dtype | None
+) -> None:
+    special = model.tokenizer.num_special_tokens_to_add()
+    if max_seq_length <= special:
+        raise InputError(f"max_seq_length {max_seq_length} leaves no token for text: give at least {special + 1}")
+    backbone = model.backbone
+    if not isinstance(backbone, PeftModel):
+        if merge:
+            raise InputError(f"{checkpoint} has no adapter to merge: leave out merge")
+        return
+    if not merge and model.gguf_file:
+        raise InputError(f"{checkpoint} was trained on a GGUF file, which needs its adapter merged: use merge")
+    if not merge and dtype is not None:
+        raise InputError("an adapter that is not merged is written as it was trained: leave out dtype, or use merge")
+    with backbone.disable_adapter():
+        untrained = model.encode(TEXTS)
+    if (model.encode(TEXTS) - untrained).abs().max() < 1e-6:
+        raise InputError(f"the adapter in {checkpoint} changes nothing: it was not trained")
+
+
+def _write(model: E5Model, folder: Path, settings: ExportSettings) -> None:
+    model.tokenizer.model_max_length = settings.max_seq_length
     model.save_pretrained(folder)
-    card = model_card(model, instruction=instruction, max_seq_length=max_seq_length)
+    settings.write(folder)
+    # How the model was run and the tokenizer was found here; neither is the reader's concern.
+    _remove_key(folder / "config.json", "use_cache")
+    _remove_key(folder / "tokenizer_config.json", "local_files_only")
+    card = model_card(model, instruction=settings.instruction, max_seq_length=settings.max_seq_length)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    names = ["Transformer", "Pooling", *(["Normalize"] if model.normalize else [])]
+    names = ["Transformer", "Pooling", *(["Normalize"] if settings.normalize else [])]
     modules = [
         {
             "idx": index,
@@ -119,22 +137,29 @@ def _write(model: E5Model, folder: Path, instruction: str, max_seq_length: int) 
         for index, name in enumerate(names)
     ]
     pooling = {"word_embedding_dimension": model.config.get_text_config().hidden_size}
-    pooling |= {key: name == model.pooling for name, key in _POOLING_KEYS.items()}
-    prompts = {
-        "query": query_prompt(instruction),
-        "document": "",
-        "sts_query": query_prompt(STS_INSTRUCTION),
-        "bitext_query": query_prompt(BITEXT_INSTRUCTION),
-    }
+    pooling |= {key: name == settings.pooling for name, key in _POOLING_KEYS.items()}
     _write_json(folder / "modules.json", modules)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": settings.max_seq_length, "do_lower_case": False},
+    )
     _write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
     _write_json(
         folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+        {"prompts": settings.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
-    if model.normalize:
+    if settings.normalize:
         (folder / "2_Normalize").mkdir()
+    for path in folder.rglob("*"):
+        if path.is_file():  # safetensors makes its files private
+            path.chmod(folder.stat().st_mode & 0o666)
+
+
+def _remove_key(path: Path, key: str) -> None:
+    if path.is_file():
+        content = json.loads(path.read_bytes())
+        content.pop(key, None)
+        _write_json(path, content)
 
 
 def _write_json(path: Path, value: object) -> None:

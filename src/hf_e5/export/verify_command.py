@@ -9,8 +9,8 @@ from .verify import verify_export
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="what hf-e5 export wrote")
-    parser.add_argument("--checkpoint", help="the trained checkpoint; its own weights if unset")
+    parser.add_argument("--checkpoint", help="the trained checkpoint; the folder's own weights if unset")
 
 
 def run(args: argparse.Namespace) -> None:
-    print(verify_export(args.folder, args.checkpoint))
+    print(f"{args.folder}: {verify_export(args.folder, args.checkpoint)}")
