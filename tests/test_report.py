@@ -171,10 +171,75 @@ def test_wrong_input(tmp_path, sample_rows):
     with pytest.raises(InputError, match="no records"):
         write_report(tmp_path)
     write(tmp_path / "records.jsonl", sample_rows[:2])
-    with pytest.raises(InputError, match="is no report"):
-        write_report(tmp_path, tmp_path)
     assert main(["report", str(tmp_path), "--max_rows", "0"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run_folder(tmp_path, sample_rows):
+    """A run folder that also holds notes and the figures of `hf-e5 contamination`, and a folder of other work."""
+    for name in ("run", "thesis"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "records.jsonl", sample_rows[:5])
+        (tmp_path / name / "notes.txt").write_text("mine")
+        (tmp_path / name / "report.json").write_text("{}")
+    (tmp_path / "file").write_text("data")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("output", ["thesis", "run", ".", "file", "run/notes.txt/report"])
+def test_the_command_deletes_nothing_that_it_did_not_write(run_folder, output, monkeypatch, capsys):
+    top = run_folder.parent
+    before = everything(top)
+    for folder, argument in ((top, "run"), (run_folder, ".")):
+        monkeypatch.chdir(folder)
+        assert main(["report", argument, "--output", str(top / output)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1 or "records" in error.splitlines()[0]  # a progress bar
+        assert str(top / output.split("/report")[0]) in error.splitlines()[-1]
+        assert everything(top) == before
+    monkeypatch.chdir(run_folder)
+    assert main(["report", ".", "--output", "."]) == main(["report", ".", "--output", ".."]) == 2
+    assert everything(top) == before
+
+
+def test_a_report_replaces_a_report_unless_something_was_added_to_it(run_folder, monkeypatch, capsys, sample_rows):
+    report = run_folder / "report"
+    assert main(["report", str(run_folder)]) == 0
+    first = everything(report)
+    write(run_folder / "records.jsonl", sample_rows[:9])
+    assert main(["report", str(run_folder)]) == 0
+    second = everything(report)
+    assert second.keys() == first.keys() and json.loads(second["report.json"])["records"] == 9
+    monkeypatch.chdir(report)
+    assert main(["report", str(run_folder)]) == 2  # the shell that stands there would lose its folder
+    monkeypatch.undo()
+    for name in ("remarks.txt", "mine/remarks.txt"):
+        (report / name).parent.mkdir(exist_ok=True)
+        (report / name).write_text("mine")
+        before = everything(run_folder)
+        capsys.readouterr()
+        assert main(["report", str(run_folder)]) == 2
+        assert f"also holds {name}" in capsys.readouterr().err
+        assert everything(run_folder) == before
+        (report / name).unlink()
+
+
+def test_a_report_that_fails_half_way_leaves_the_one_before(run_folder, monkeypatch):
+    write_report(run_folder)
+    before = everything(run_folder)
+
+    def fail(**_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hf_e5.synthesis.report.render_page", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(run_folder)
+    assert everything(run_folder) == before
 
 
 def test_distinct_ngrams_by_hand():

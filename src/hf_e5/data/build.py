@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import glob
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import DatasetInfo
@@ -24,6 +24,7 @@ from datasets.utils.py_utils import convert_file_size_to_int
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import whole_folder
 from ..instructions import TASK_TYPES
 from .builder import TEST_SIZE, SyntheticTriplets
 from .card import write_card
@@ -61,8 +62,8 @@ def build_dataset(
         raise InputError(f"max_shard_size: {error}") from None
     files = find_record_files(sources)
     provenance = read_provenance(files)
-    with _new_folder(Path(out)) as folder:
-        parts = folder.parent / "parts"
+    with whole_folder(out) as folder, TemporaryDirectory(prefix=".parts.", dir=folder.parent) as temporary:
+        parts = Path(temporary)
         counts = _part_by_task_type(files, parts)
         infos = {}
         for task_type in sorted(counts.task_types, key=_order):
@@ -73,19 +74,6 @@ def build_dataset(
     return infos
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends without an error."""
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another folder or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
-
-
 def _order(task_type: str) -> tuple[int, str]:
     """The paper's task types in the paper's order, then the user's own by name."""
     return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
@@ -94,7 +82,6 @@ def _order(task_type: str) -> tuple[int, str]:
 def _part_by_task_type(files: Sequence[Path], folder: Path) -> RecordCounts:
     """Check all records, count them, and copy each line to the file of its task type in `folder`."""
     counts = RecordCounts()
-    folder.mkdir()
     with ExitStack() as stack:
         num_bytes = sum(file.stat().st_size for file in files)
         bar = stack.enter_context(tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Checking records"))
