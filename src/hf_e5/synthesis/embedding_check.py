@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any, IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Margins:
             return None
         return "weak_negative", f"margin {positive - negative:.3f} (positive {positive:.3f}, negative {negative:.3f})"
 
-    def write(self, file: IO) -> None:
+    def write(self, file: IO[str]) -> None:
         """Write one row per checked record: id, both similarities and their difference."""
         file.write("id\tpositive\tnegative\tmargin\n")
         for record_id, (positive, negative) in self.scores.items():
