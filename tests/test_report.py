@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from hf_e5.cli import main
+from hf_e5.data.build import build_dataset
+from hf_e5.data.provenance import read_provenance
 from hf_e5.errors import InputError
 from hf_e5.synthesis.filtering import filter_records
 from hf_e5.synthesis.filters import FILTERS
@@ -273,3 +275,33 @@ def test_usage_without_prices_and_with_a_torn_line(tmp_path):
     usage = read_usage(path, 2)
     assert usage["usd_per_1k_records"] is None and usage["models"]["m"]["cost"] is None
     assert usage["tokens_per_record"] == 15
+    path.write_text('{"mod\n' + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"answers\.jsonl: line 1 is no JSON object"):
+        read_usage(path, 1)
+
+
+def test_report_and_card_read_one_usage_from_a_run_that_was_killed(tmp_path, sample_rows):
+    """An answer that took no tokens needs no price; one that did makes its model unpriced; a torn line is none."""
+    write(tmp_path / "records.jsonl", sample_rows[:20])
+    row = {"prompt_tokens": 10, "completion_tokens": 5, "error": None}
+    failed = {"prompt_tokens": 0, "completion_tokens": 0, "cost": None, "error": "connection: reset"}
+    answers = [
+        {"model": "priced", **row, "cost": 1.5},
+        {"model": "priced", **failed},
+        {"model": "own", **row, "cost": None},
+        {"model": "own", **row, "cost": 1.0},
+    ]
+    write(tmp_path / "answers.jsonl", answers)
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"model": "priced", "prompt_to')
+    report = write_report(tmp_path)["usage"]
+    usage = read_provenance([tmp_path / "records.jsonl"]).usage
+    assert report["models"] == {name: vars(model) for name, model in usage.models.items()}
+    assert report["errors"] == dict(usage.errors) == {"connection": 1}
+    assert [(name, model.answers, model.cost) for name, model in usage.models.items()] == [
+        ("priced", 2, 1.5),
+        ("own", 2, None),
+    ]
+    build_dataset([tmp_path], tmp_path / "set")
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "| 2 | 10 | 5 | 1.50 |" in card and "| 2 | 20 | 10 | not priced |" in card

@@ -213,8 +213,11 @@ class AnswerStore:
                 file.write(json.dumps(identity, indent=2) + "\n")
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: str | Path, *, torn_end: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file, one in memory at a time.
+
+    Args:
+        torn_end: pass over a last line that a crash cut.
 
     Raises:
         InputError: a line is no JSON object; names file and line.
@@ -222,9 +225,14 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
-                raise InputError(f"{path}: line {number} is no JSON; remove or repair it") from None
+                if torn_end and not line.endswith(b"\n"):
+                    return
+                row = None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no JSON object; remove or repair it")
+            yield row
 
 
 def _repair_tail(path: Path) -> None:
