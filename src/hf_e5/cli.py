@@ -26,6 +26,7 @@ COMMANDS = {
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
     "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
     "push": ("hf_e5.export.hub", "put a dataset or model folder on the Hub"),
+    "recipes": ("hf_e5.shipped_recipes", "list, find and copy the shipped configurations"),
 }
 
 

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import InputError
+from .shipped_recipes import beside, config_path
 
 
 class _Parser(HfArgumentParser):
@@ -21,10 +22,11 @@ class _Parser(HfArgumentParser):
 
 
 def parse_config(types: tuple[Any, ...], argv: list[str] | None = None, *, prog: str | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config file.yaml` and flags, in any order.
+    """Fill dataclasses from `--config` (a YAML file or the name of a shipped recipe) and flags, in any order.
 
     Args:
-        types: Dataclasses whose fields are the flags.
+        types: Dataclasses whose fields are the flags. Fields named in a class's `INPUT_PATHS` are, in the file,
+            relative to the file; all others, and all flags, are taken as they are.
         argv: Defaults to the command line.
         prog: Name of the program in its help.
 
@@ -35,14 +37,23 @@ def parse_config(types: tuple[Any, ...], argv: list[str] | None = None, *, prog:
         InputError: The file is missing or no YAML mapping, a key or flag is no field of any type, or a value is wrong.
     """
     parser = _Parser(types, prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the other flags; flags override it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the other flags, or the name of a shipped recipe; flags override it",
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     config = _Parser((), add_help=False, allow_abbrev=False)
     config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
-    if path is not None:
+    name = config.parse_known_args(argv)[0].config
+    if name is not None:
+        path = config_path(name, "training")
         known = {field.name for type_ in types for field in dataclasses.fields(type_) if field.init}
-        parser.set_defaults(**_read(path, known))
+        values = _read(path, known)
+        for key in (key for type_ in types for key in getattr(type_, "INPUT_PATHS", ())):
+            if isinstance(values.get(key), str):
+                values[key] = beside(path, values[key])
+        parser.set_defaults(**values)
         # A required flag that the file gives is no longer required.
         for action in parser._actions:
             action.required = action.required and action.default in (None, dataclasses.MISSING)
@@ -60,11 +71,11 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _read(path: str, known: set[str]) -> dict[str, Any]:
+def _read(path: Path, known: set[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
+        raise InputError(f"--config {path.absolute()}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
