@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import concatenate_datasets, get_dataset_config_names, load_dataset
 
+import hf_e5.data.records
 from hf_e5 import SyntheticTriplets
 from hf_e5.cli import main
 from hf_e5.data.build import build_dataset
@@ -183,6 +184,47 @@ def test_builder_class(records, tmp_path):
     assert everything.config.name == "all"
     assert sum(everything.as_dataset().num_rows.values()) == len(records)
     assert everything.as_dataset().num_rows["test"] > len(records) / 3
+
+
+def test_given_splits_are_kept(records, tmp_path):
+    """What `split_of` says does not matter, and an empty split is left out."""
+    files = {
+        "train": str(
+            write(tmp_path / "a.jsonl", [*records[:60], *(r for r in records[60:] if r["task_type"] == "sts")])
+        ),
+        "test": str(write(tmp_path / "b.jsonl", [r for r in records[60:] if r["task_type"] != "sts"])),
+    }
+    builder = SyntheticTriplets(data_files=files, cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    for split, rows in builder.as_dataset().items():
+        assert rows["id"][:] == [record["id"] for record in read(Path(files[split]))]
+    only = SyntheticTriplets(config_name="sts", data_files=files, cache_dir=str(tmp_path / "cache"))
+    only.download_and_prepare()
+    assert list(only.as_dataset()) == ["train"]
+    # A cache of the same files without their splits is another one.
+    pooled = SyntheticTriplets(data_files=[files["train"]], cache_dir=str(tmp_path / "cache"), test_size=0.5)
+    pooled.download_and_prepare()
+    alone = SyntheticTriplets(data_files={"train": files["train"]}, cache_dir=str(tmp_path / "cache"))
+    alone.download_and_prepare()
+    assert list(pooled.as_dataset()) == ["train", "test"] and list(alone.as_dataset()) == ["train"]
+    with pytest.raises(InputError, match="leave test_size out"):
+        SyntheticTriplets(data_files=files, test_size=0.1)
+
+
+def test_build_parses_a_record_once_to_part_it_and_once_to_write_it(records, tmp_path, monkeypatch):
+    parsed = Counter()
+    parse = hf_e5.data.records._parse
+
+    def count(line, place):
+        record = parse(line, place)
+        parsed[record["id"]] += 1
+        return record
+
+    monkeypatch.setattr("hf_e5.data.records._parse", count)
+    build_dataset([write(tmp_path / "r.jsonl", records[:300])], tmp_path / "out", test_size=0.5)
+    parts = len(list((tmp_path / "out").rglob("*.parquet")))
+    # One more of the first record of each part, as a part must not be empty.
+    assert parsed.total() == 2 * 300 + parts and parts >= 8 and max(parsed.values()) == 3
 
 
 def test_builder_class_says_what_is_wrong(records, tmp_path):

@@ -178,7 +178,7 @@ BROKEN_MIXTURES = {
         "datasets: [{path: F, columns: {query: anchor, positive: positive}}]",
         r"dataset 'rows': no column 'anchor' for 'query'; it has query, positive",
     ),
-    "missing file": ("datasets: [{path: nowhere.jsonl}]", "no such file: nowhere.jsonl"),
+    "missing file": ("datasets: [{path: nowhere.jsonl}]", "no such file: .*nowhere.jsonl"),
     "missing folder": ("datasets: [{path: ./no/such/folder}]", "neither a data file, a folder nor a Hub id"),
     "config of a file": ("datasets: [{path: F, config: sts}]", "is a file and has no config 'sts'"),
 }

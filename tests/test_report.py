@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from hf_e5.cli import main
+from hf_e5.data.build import build_dataset
+from hf_e5.data.provenance import read_provenance
 from hf_e5.errors import InputError
 from hf_e5.synthesis.filtering import filter_records
 from hf_e5.synthesis.filters import FILTERS
@@ -171,10 +173,75 @@ def test_wrong_input(tmp_path, sample_rows):
     with pytest.raises(InputError, match="no records"):
         write_report(tmp_path)
     write(tmp_path / "records.jsonl", sample_rows[:2])
-    with pytest.raises(InputError, match="is no report"):
-        write_report(tmp_path, tmp_path)
     assert main(["report", str(tmp_path), "--max_rows", "0"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run_folder(tmp_path, sample_rows):
+    """A run folder that also holds notes and the figures of `hf-e5 contamination`, and a folder of other work."""
+    for name in ("run", "thesis"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "records.jsonl", sample_rows[:5])
+        (tmp_path / name / "notes.txt").write_text("mine")
+        (tmp_path / name / "report.json").write_text("{}")
+    (tmp_path / "file").write_text("data")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("output", ["thesis", "run", ".", "file", "run/notes.txt/report"])
+def test_the_command_deletes_nothing_that_it_did_not_write(run_folder, output, monkeypatch, capsys):
+    top = run_folder.parent
+    before = everything(top)
+    for folder, argument in ((top, "run"), (run_folder, ".")):
+        monkeypatch.chdir(folder)
+        assert main(["report", argument, "--output", str(top / output)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1 or "records" in error.splitlines()[0]  # a progress bar
+        assert str(top / output.split("/report")[0]) in error.splitlines()[-1]
+        assert everything(top) == before
+    monkeypatch.chdir(run_folder)
+    assert main(["report", ".", "--output", "."]) == main(["report", ".", "--output", ".."]) == 2
+    assert everything(top) == before
+
+
+def test_a_report_replaces_a_report_unless_something_was_added_to_it(run_folder, monkeypatch, capsys, sample_rows):
+    report = run_folder / "report"
+    assert main(["report", str(run_folder)]) == 0
+    first = everything(report)
+    write(run_folder / "records.jsonl", sample_rows[:9])
+    assert main(["report", str(run_folder)]) == 0
+    second = everything(report)
+    assert second.keys() == first.keys() and json.loads(second["report.json"])["records"] == 9
+    monkeypatch.chdir(report)
+    assert main(["report", str(run_folder)]) == 2  # the shell that stands there would lose its folder
+    monkeypatch.undo()
+    for name in ("remarks.txt", "mine/remarks.txt"):
+        (report / name).parent.mkdir(exist_ok=True)
+        (report / name).write_text("mine")
+        before = everything(run_folder)
+        capsys.readouterr()
+        assert main(["report", str(run_folder)]) == 2
+        assert f"also holds {name}" in capsys.readouterr().err
+        assert everything(run_folder) == before
+        (report / name).unlink()
+
+
+def test_a_report_that_fails_half_way_leaves_the_one_before(run_folder, monkeypatch):
+    write_report(run_folder)
+    before = everything(run_folder)
+
+    def fail(**_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hf_e5.synthesis.report.render_page", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(run_folder)
+    assert everything(run_folder) == before
 
 
 def test_distinct_ngrams_by_hand():
@@ -208,3 +275,33 @@ def test_usage_without_prices_and_with_a_torn_line(tmp_path):
     usage = read_usage(path, 2)
     assert usage["usd_per_1k_records"] is None and usage["models"]["m"]["cost"] is None
     assert usage["tokens_per_record"] == 15
+    path.write_text('{"mod\n' + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"answers\.jsonl: line 1 is no JSON object"):
+        read_usage(path, 1)
+
+
+def test_report_and_card_read_one_usage_from_a_run_that_was_killed(tmp_path, sample_rows):
+    """An answer that took no tokens needs no price; one that did makes its model unpriced; a torn line is none."""
+    write(tmp_path / "records.jsonl", sample_rows[:20])
+    row = {"prompt_tokens": 10, "completion_tokens": 5, "error": None}
+    failed = {"prompt_tokens": 0, "completion_tokens": 0, "cost": None, "error": "connection: reset"}
+    answers = [
+        {"model": "priced", **row, "cost": 1.5},
+        {"model": "priced", **failed},
+        {"model": "own", **row, "cost": None},
+        {"model": "own", **row, "cost": 1.0},
+    ]
+    write(tmp_path / "answers.jsonl", answers)
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"model": "priced", "prompt_to')
+    report = write_report(tmp_path)["usage"]
+    usage = read_provenance([tmp_path / "records.jsonl"]).usage
+    assert report["models"] == {name: vars(model) for name, model in usage.models.items()}
+    assert report["errors"] == dict(usage.errors) == {"connection": 1}
+    assert [(name, model.answers, model.cost) for name, model in usage.models.items()] == [
+        ("priced", 2, 1.5),
+        ("own", 2, None),
+    ]
+    build_dataset([tmp_path], tmp_path / "set")
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "| 2 | 10 | 5 | 1.50 |" in card and "| 2 | 20 | 10 | not priced |" in card

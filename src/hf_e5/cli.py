@@ -1,7 +1,7 @@
 """`hf-e5`: one command per stage.
 
-A command lives in its stage, as a module with `add_arguments(parser)` and `run(args)`; it is imported only when it is
-called, so that `hf-e5 --help` is instant and needs no extra.
+A command lives in its stage, as a module with `add_arguments(parser)` and `run(args)`, or with `run_argv(argv)` if it
+parses its flags itself; it is imported only when it is called, so that `hf-e5 --help` is instant and needs no extra.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from .environment import prepare_process
 from .errors import InputError
 
 
@@ -22,10 +23,11 @@ COMMANDS = {
     "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
     "mine": ("hf_e5.data.mine", "mine hard negatives"),
     "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
-    "train": ("hf_e5.training.command", "fine-tune a model in this process (several GPUs: recipes/train_mistral.py)"),
+    "train": ("hf_e5.training.command", "fine-tune a model"),
     "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
     "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
     "push": ("hf_e5.export.hub", "put a dataset or model folder on the Hub"),
+    "recipes": ("hf_e5.shipped_recipes", "list, find and copy the shipped configurations"),
 }
 
 
@@ -37,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:
+            prepare_process()  # before torch is imported
             command = import_module(module)
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+            if hasattr(command, "run_argv"):
+                flags, argv = argv[1:], argv[:1]
+                subparser.set_defaults(run=lambda _: command.run_argv(flags))  # noqa: B023 (one command at most)
+            else:
+                command.add_arguments(subparser)
+                subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0

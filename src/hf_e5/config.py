@@ -4,62 +4,83 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from .errors import InputError
+from .shipped_recipes import beside, config_path
 
 
-def parse_config(types: tuple[Any, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config file.yaml` and flags.
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)  # one line, without the usage of 200 flags
+
+
+def parse_config(types: tuple[Any, ...], argv: list[str] | None = None, *, prog: str | None = None) -> tuple[Any, ...]:
+    """Fill dataclasses from `--config` (a YAML file or the name of a shipped recipe) and flags, in any order.
 
     Args:
-        types: Dataclasses whose fields are the flags.
+        types: Dataclasses whose fields are the flags. Fields named in a class's `INPUT_PATHS` are, in the file,
+            relative to the file; all others, and all flags, are taken as they are.
         argv: Defaults to the command line.
+        prog: Name of the program in its help.
 
     Returns:
         One instance per type.
 
     Raises:
-        InputError: The file is missing or no YAML mapping, or a key is no field of any type.
+        InputError: The file is missing or no YAML mapping, a key or flag is no field of any type, or a value is wrong.
     """
+    parser = _Parser(types, prog=prog, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the other flags, or the name of a shipped recipe; flags override it",
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(types)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the flags below; flags override it")
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise InputError("--config needs a file")
+    config = _Parser((), add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    name = config.parse_known_args(argv)[0].config
+    if name is not None:
+        path = config_path(name, "training")
         known = {field.name for type_ in types for field in dataclasses.fields(type_) if field.init}
-        parser.set_defaults(**_read(argv[at + 1], known))
+        values = _read(path, known)
+        for key in (key for type_ in types for key in getattr(type_, "INPUT_PATHS", ())):
+            if isinstance(values.get(key), str):
+                values[key] = beside(path, values[key])
+        parser.set_defaults(**values)
         # A required flag that the file gives is no longer required.
         for action in parser._actions:
             action.required = action.required and action.default in (None, dataclasses.MISSING)
-        del argv[at : at + 2]
     *filled, unknown = parser.parse_args_into_dataclasses(
         args=argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        raise InputError(f"no option is called {unknown[0]!r}; --help lists them all")
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise InputError(f"no option is called {unknown[0]!r}{_did_you_mean(unknown[0].partition('=')[0], flags)}")
     return tuple(filled[: len(types)])  # what else is there only holds --config, which is dealt with
 
 
-def _read(path: str, known: set[str]) -> dict[str, Any]:
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read(path: Path, known: set[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
+        raise InputError(f"--config {path.absolute()}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines, found {type(values).__name__}")
     for key in values:
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{path}: no option is called {key!r}{hint}")
+            raise InputError(f"{path}: no option is called {key!r}{_did_you_mean(str(key), known)}")
     return values  # YAML reads 1e-4 as text; argparse parses text defaults as if they were flags

@@ -4,7 +4,7 @@
     OUT/data/{task type}/{split}-00000-of-00001.parquet
     OUT/figures/*.png                                shares of task types and languages (paper, figure 2)
 
-Records are streamed: a first pass checks them and parts them by task type, then each type's splits are written. The
+Records are streamed: a first pass checks them and parts them by task type and split, then each part is written. The
 config `all` is no copy: it lists the files of every task type.
 """
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import glob
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import DatasetInfo
@@ -24,11 +24,12 @@ from datasets.utils.py_utils import convert_file_size_to_int
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import whole_folder
 from ..instructions import TASK_TYPES
 from .builder import TEST_SIZE, SyntheticTriplets
 from .card import write_card
 from .provenance import read_provenance
-from .records import RecordCounts, check_test_size, find_record_files, read_records
+from .records import RecordCounts, check_test_size, find_record_files, read_records, split_of
 
 
 def build_dataset(
@@ -61,29 +62,15 @@ def build_dataset(
         raise InputError(f"max_shard_size: {error}") from None
     files = find_record_files(sources)
     provenance = read_provenance(files)
-    with _new_folder(Path(out)) as folder:
-        parts = folder.parent / "parts"
-        counts = _part_by_task_type(files, parts)
-        infos = {}
-        for task_type in sorted(counts.task_types, key=_order):
-            infos[task_type] = _write_config(
-                parts / f"{task_type}.jsonl", folder / "data" / task_type, test_size, max_shard_size
-            )
+    with whole_folder(out) as folder, TemporaryDirectory(prefix=".parts.", dir=folder.parent) as temporary:
+        parts = Path(temporary)
+        counts = _part_records(files, parts, test_size)
+        infos = {
+            task_type: _write_config(task_type, parts, folder / "data" / task_type, max_shard_size)
+            for task_type in sorted(counts.task_types, key=_order)
+        }
         write_card(folder, infos, counts, provenance, license=license)
     return infos
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends without an error."""
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another folder or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
 
 
 def _order(task_type: str) -> tuple[int, str]:
@@ -91,20 +78,19 @@ def _order(task_type: str) -> tuple[int, str]:
     return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
 
 
-def _part_by_task_type(files: Sequence[Path], folder: Path) -> RecordCounts:
-    """Check all records, count them, and copy each line to the file of its task type in `folder`."""
+def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> RecordCounts:
+    """Check all records, count them, and copy each line to `folder/{task type}-{split}.jsonl`."""
     counts = RecordCounts()
-    folder.mkdir()
     with ExitStack() as stack:
         num_bytes = sum(file.stat().st_size for file in files)
         bar = stack.enter_context(tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Checking records"))
         parts: dict[str, Any] = {}
         for file in files:
             for _, line, record in read_records(file):
-                task_type = record["task_type"]
-                if task_type not in parts:
-                    parts[task_type] = stack.enter_context(open(folder / f"{task_type}.jsonl", "wb"))
-                parts[task_type].write(line.rstrip(b"\n") + b"\n")
+                name = f"{record['task_type']}-{split_of(record, test_size)}.jsonl"
+                if name not in parts:
+                    parts[name] = stack.enter_context(open(folder / name, "wb"))
+                parts[name].write(line.rstrip(b"\n") + b"\n")
                 counts.add(record)
                 bar.update(len(line))
     if not len(counts):
@@ -122,16 +108,16 @@ def _place(files: Sequence[Path], position: int) -> str:
     return next(place for number, place in enumerate(places) if number == position)
 
 
-def _write_config(part: Path, folder: Path, test_size: float, max_shard_size: str) -> DatasetInfo:
+def _write_config(task_type: str, parts: Path, folder: Path, max_shard_size: str) -> DatasetInfo:
     """Write the records of one task type as `folder/{split}-00000-of-0000N.parquet`."""
-    task_type = part.stem
+    files = {split: parts / f"{task_type}-{split}.jsonl" for split in ("train", "test")}
+    files = {split: file for split, file in files.items() if file.exists()}
     # `datasets` leaves locks and a dataset_info.json beside its output: it writes elsewhere, the shards are moved.
-    prepared = part.with_suffix("")
+    prepared = parts / task_type
     builder = SyntheticTriplets(
         config_name=task_type,
-        data_files=glob.escape(str(part)),  # `datasets` reads it as a pattern
-        test_size=test_size,
-        cache_dir=str(part.parent / "cache"),
+        data_files={split: glob.escape(str(file)) for split, file in files.items()},  # `datasets` reads patterns
+        cache_dir=str(parts / "cache"),
     )
     builder.download_and_prepare(str(prepared), file_format="parquet", max_shard_size=max_shard_size)
     folder.mkdir(parents=True)
@@ -141,7 +127,8 @@ def _write_config(part: Path, folder: Path, test_size: float, max_shard_size: st
         for number, shard in enumerate(shards):
             num_bytes += shard.stat().st_size
             shutil.move(shard, folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
-    part.unlink()
+    for file in files.values():
+        file.unlink()
     builder.info.download_size = num_bytes
     return builder.info
 

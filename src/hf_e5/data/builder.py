@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +30,20 @@ class SyntheticTripletsConfig(datasets.BuilderConfig):
     Args:
         name: a task type, or `all`.
         test_size: share of the tasks that become the test split, from 0 (no test split) to less than 1.
+        keep_splits: `data_files` says which files make which split. Set by the builder.
     """
 
     version: datasets.Version = datasets.Version("1.0.0")
     test_size: float = TEST_SIZE
+    keep_splits: bool = False
 
 
 class SyntheticTriplets(datasets.GeneratorBasedBuilder):
     """The records of one task type, or of all, as a dataset with the splits `train` and `test`.
 
     No instruction is in both splits; `sts` and `bitext`, which have one instruction each, are split by row. Where a
-    record falls depends on its text alone. Records are streamed: memory does not grow with their number.
+    record falls depends on its text alone. `data_files={"train": ..., "test": ...}` keeps the given splits instead.
+    Records are streamed: memory does not grow with their number.
 
     Columns, all strings: `id, task_type, language, document_language, instruction, query, positive, negative,
     placeholders, model`. `negative` is null where there is none; `placeholders` is a JSON object with sorted keys.
@@ -65,6 +68,10 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
     def __init__(
         self, *, config_name: str = ALL, dataset_name: str = "synthetic_triplets", **builder_kwargs: Any
     ) -> None:
+        if isinstance(builder_kwargs.get("data_files"), Mapping):
+            if "test_size" in builder_kwargs:
+                raise InputError("SyntheticTriplets: data_files names the splits; leave test_size out")
+            builder_kwargs["keep_splits"] = True
         if config_name not in self.builder_configs:
             # A recipe may have task types of its own; with no known names, `datasets` makes a config for any name.
             self.BUILDER_CONFIGS = []
@@ -88,23 +95,29 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         if not self.config.data_files:
             raise InputError("SyntheticTriplets: pass the record files as data_files")
-        check_test_size(self.config.test_size)
-        files = [path for paths in dl_manager.download(self.config.data_files).values() for path in paths]
-        splits = self._splits_with_records(files)
-        if not splits:
+        given = {split: list(paths) for split, paths in dl_manager.download(self.config.data_files).items()}
+        files = [path for paths in given.values() for path in paths]
+        arguments: dict[str, dict[str, Any]]
+        if self.config.keep_splits:
+            arguments = {split: {"files": paths, "keep": None} for split, paths in given.items()}
+        else:
+            check_test_size(self.config.test_size)
+            arguments = {split: {"files": files, "keep": split} for split in ("train", "test")}
+        # An empty split would be a trap for whoever loads it.
+        arguments = {split: kwargs for split, kwargs in arguments.items() if self._has_records(**kwargs)}
+        if not arguments:
             raise InputError(f"{', '.join(files)}: no record of task type {self.config.name!r}")
-        return [datasets.SplitGenerator(name=split, gen_kwargs={"files": files, "split": split}) for split in splits]
+        return [datasets.SplitGenerator(name=split, gen_kwargs=kwargs) for split, kwargs in arguments.items()]
 
-    def _splits_with_records(self, files: list[str]) -> list[str]:
-        """An empty split would be a trap for whoever loads it: find the splits that have a record."""
-        splits = ["train", "test"]
-        return [split for split in splits if next(self._generate_examples(files, split), None)]
+    def _has_records(self, files: list[str], keep: str | None) -> bool:
+        return next(self._generate_examples(files, keep), None) is not None
 
-    def _generate_examples(self, files: list[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, files: list[str], keep: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the rows of this configuration; with `keep`, only those that `split_of` sends to that split."""
         for file in files:
             for place, _, record in read_records(file):
                 wanted = self.config.name in (ALL, record["task_type"])
-                if wanted and split_of(record, self.config.test_size) == split:
+                if wanted and (keep is None or split_of(record, self.config.test_size) == keep):
                     yield place, to_example(record)
 
 

@@ -14,15 +14,14 @@ The files of 2 and 3 make mining resumable, bound its memory and are the units t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +32,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import whole_file
 from ..instructions import format_query
 from .mixture import Row, open_source, read_rows, row_instruction
 from .mixture_config import DEFAULT_SEED, Source
@@ -216,7 +216,8 @@ def _encode(
         path = folder / f"{block:06d}.npy"
         if not path.exists():
             vectors = encode(texts.block(block), **options)
-            _write_whole(path, lambda file: np.save(file, vectors))  # noqa: B023 (called at once)
+            with whole_file(path) as file:
+                np.save(file, vectors)
 
 
 def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -> None:
@@ -243,7 +244,8 @@ def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -
         )
         ranking = {"scores": scores, "ids": ids, "excluded_scores": excluded_scores}
         arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in ranking.items()}
-        _write_whole(path, lambda file: np.savez(file, **arrays))  # noqa: B023 (called at once)
+        with whole_file(path) as file:
+            np.savez(file, **arrays)
 
 
 def _write(
@@ -290,7 +292,8 @@ def _write(
                 "task_type": row.task_type,
             }
 
-    _write_whole(out, lambda file: _write_rows(file, mined(), out.suffix, several))
+    with whole_file(out) as file:
+        _write_rows(file, mined(), out.suffix, several)
     report.positive_score = float(np.mean(positive_scores))
     report.negative_score = float(np.mean(negative_scores)) if negative_scores else float("nan")
     return report
@@ -332,14 +335,3 @@ def _read(dataset: Dataset, rows: np.ndarray, source: Source, doing: str) -> Ite
 
 def _ranking_folder(work: Path, top_k: int) -> Path:
     return work / f"ranking_{top_k}"
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is either there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

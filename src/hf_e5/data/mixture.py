@@ -197,7 +197,7 @@ def load_raw(source: Source, split: str, cache_dir: str | Path | None = None) ->
             raise InputError(f"dataset {source.name!r}: {path} is a file and has no config {source.config!r}")
         if not path.startswith("hf://") and "*" not in path:
             if not Path(path).is_file():
-                raise InputError(f"dataset {source.name!r}: no such file: {path}")
+                raise InputError(f"dataset {source.name!r}: no such file: {Path(path).absolute()}")
             if not Path(path).stat().st_size:
                 raise InputError(f"dataset {source.name!r}: {path} is empty")
         kwargs |= {"path": _FORMATS[suffixes[-1]], "data_files": {split: path}}
@@ -206,7 +206,8 @@ def load_raw(source: Source, split: str, cache_dir: str | Path | None = None) ->
     elif Path(path).is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         kwargs |= {"path": path, "name": source.config, "revision": source.revision}
     else:
-        raise InputError(f"dataset {source.name!r}: {path} is neither a data file, a folder nor a Hub id")
+        where = Path(path).absolute()
+        raise InputError(f"dataset {source.name!r}: {where} is neither a data file, a folder nor a Hub id")
     try:
         return load_dataset(**kwargs)
     except Exception as error:  # loaders, file systems and HTTP clients share no base class; the cause stays chained

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import InputError
+from ..shipped_recipes import beside
 
 
 ROLES = ("instruction", "query", "positive", "negative", "task_type")
@@ -23,7 +25,7 @@ class Source:
 
     Args:
         path: local file (jsonl, json, parquet, csv), folder, Hub id, or `hf://datasets/user/name/file.parquet`. `*` in
-            a file's name takes several files.
+            a file's name takes several files. In a mixture file it is relative to that file.
         name: what the `dataset` column and every message say.
         config: name of the dataset's configuration.
         split: defaults to the split asked of `load_mixture`.
@@ -128,11 +130,11 @@ def read_mixture(
     if isinstance(source, Mapping):
         where, mixture = "mixture", source
     elif str(source).endswith((".yaml", ".yml")):
-        where = str(source)
+        where = os.path.abspath(source)
         try:
             mixture = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{where}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{where}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     else:
@@ -147,6 +149,8 @@ def read_mixture(
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"{where}: 'seed' must be a whole number >= 0, found {seed!r}")
     sources = [Source.parse(entry, f"{where}, dataset {i}") for i, entry in enumerate(mixture["datasets"], 1)]
+    if not isinstance(source, Mapping):
+        sources = [replace(entry, path=beside(source, entry.path)) for entry in sources]
     names = [entry.name for entry in sources]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{where}: two datasets are called {repeated[0]!r}; give each its own 'name'")

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-
-
-@dataclass
-class Usage:
-    """What one model was asked for: answers (failed ones too), tokens as its server counted them, USD."""
-
-    answers: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    priced: bool = True
+from ..synthesis.usage import Usage
 
 
 @dataclass
@@ -29,14 +19,14 @@ class Provenance:
 
     Attributes:
         runs: what identifies each run: its seed and the hash of its configuration (recipe and prompts).
-        usage: by model.
+        usage: answers, tokens and cost by model.
         dropped: records dropped, by filter; empty if no filters ran.
         num_filtered: records that the filters saw.
         test_sets: names of the sets that the contamination filter compared with.
     """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
-    usage: dict[str, Usage] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
     dropped: Counter[str] = field(default_factory=Counter)
     num_filtered: int = 0
     test_sets: set[str] = field(default_factory=set)
@@ -52,8 +42,7 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
             if facts not in provenance.runs:  # the shards of one run have the same
                 provenance.runs.append(facts)
         if (folder / "answers.jsonl").exists():
-            with open(folder / "answers.jsonl", "rb") as answers:
-                _add_usage(provenance.usage, (_load(folder / "answers.jsonl", line) for line in answers))
+            provenance.usage.add_file(folder / "answers.jsonl")
     for file in files:
         summary_file = file.parent / "filters.json"
         if file.name == "kept.jsonl" and summary_file.exists():
@@ -69,13 +58,3 @@ def _load(path: Path, text: bytes) -> dict[str, Any]:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
-
-
-def _add_usage(usage: dict[str, Usage], answers: Iterable[dict[str, Any]]) -> None:
-    for answer in answers:
-        of_model = usage.setdefault(answer["model"], Usage())
-        of_model.answers += 1
-        of_model.prompt_tokens += answer["prompt_tokens"]
-        of_model.completion_tokens += answer["completion_tokens"]
-        of_model.cost += answer["cost"] or 0.0
-        of_model.priced &= answer["cost"] is not None

@@ -12,7 +12,12 @@ from .pipeline import SynthesisOptions, SynthesisResult, make_plan, synthesize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="what to generate (recipes/synthesis/*.yaml)")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="what to generate: a YAML file, or the name of a shipped recipe (hf-e5 recipes)",
+    )
     parser.add_argument(
         "--model",
         nargs="+",

@@ -15,6 +15,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InputError
+from ..shipped_recipes import config_path
 from .languages import language_name, load_languages
 from .taxonomy import TaskType, builtin_task_types, weighted
 
@@ -138,7 +139,9 @@ class SynthesisConfig(BaseModel):
 
 
 def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrides: Any) -> SynthesisConfig:
-    """Read a configuration from a YAML file or a mapping; `overrides` that are not None replace its keys.
+    """Read a configuration from a YAML file, the name of a shipped recipe, or a mapping.
+
+    `overrides` that are not None replace its keys.
 
     Raises:
         InputError: it cannot be read, or a value is wrong; the message names the file and the key.
@@ -149,11 +152,12 @@ def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrid
     if isinstance(source, dict):
         data = source
     else:
-        where, folder = str(source), Path(source).parent
+        source = config_path(str(source), "synthesis")
+        where, folder = str(source), source.parent
         try:
-            data = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
+            data = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise InputError(f"{where}: {error.strerror}") from None
+            raise InputError(f"{source.absolute()}: {error.strerror}") from None
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{where}: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):

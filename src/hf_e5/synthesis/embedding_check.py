@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,12 +29,11 @@ class Margins:
             return None
         return "weak_negative", f"margin {positive - negative:.3f} (positive {positive:.3f}, negative {negative:.3f})"
 
-    def write(self, path: Path) -> None:
+    def write(self, file: IO[str]) -> None:
         """Write one row per checked record: id, both similarities and their difference."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("id\tpositive\tnegative\tmargin\n")
-            for record_id, (positive, negative) in self.scores.items():
-                file.write(f"{record_id}\t{positive:.4f}\t{negative:.4f}\t{positive - negative:.4f}\n")
+        file.write("id\tpositive\tnegative\tmargin\n")
+        for record_id, (positive, negative) in self.scores.items():
+            file.write(f"{record_id}\t{positive:.4f}\t{negative:.4f}\t{positive - negative:.4f}\n")
 
 
 def check_margins(records: Iterable[dict[str, Any]], model: Any, margin: float = DEFAULT_MARGIN) -> Margins:

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import whole_file
 from .contamination import TestSets
 from .dedup import NUM_PERM, DuplicateIndex, exact_key, signature
 from .embedding_check import DEFAULT_MARGIN, Margins, check_margins
@@ -220,14 +221,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary: FilterSummary) -> None:
-    """Write all files under temporary names, then move them into place."""
-    names = [KEPT_FILE, DROPPED_FILE, SUMMARY_FILE] + [MARGINS_FILE] * bool(margins)
-    temporary = {name: directory / f"{name}.tmp" for name in names}
+    """Write all files, and put them in place together at the end."""
     source = directory / RECORDS_FILE
-    with ExitStack() as stack:
-        kept = stack.enter_context(open(temporary[KEPT_FILE], "wb"))
+    with ExitStack() as stack:  # puts the summary in place last: it stands for a complete set of files
+        summary_file = stack.enter_context(whole_file(directory / SUMMARY_FILE, "w"))
+        kept = stack.enter_context(whole_file(directory / KEPT_FILE))
         # Half of a surrogate pair has no UTF-8 form; "backslashreplace" writes it as JSON's own escape.
-        dropped = stack.enter_context(open(temporary[DROPPED_FILE], "w", encoding="utf-8", errors="backslashreplace"))
+        dropped = stack.enter_context(whole_file(directory / DROPPED_FILE, "w", errors="backslashreplace"))
         # Records that were appended since the first pass wait for the next run.
         for line, verdict in zip(_lines(source, 0, source.stat().st_size), verdicts, strict=False):
             record, _ = _parse(line)
@@ -242,14 +242,11 @@ def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary
             summary.dropped[name] += 1
             row = record if isinstance(record, dict) else {"line": line.decode(errors="replace").rstrip("\n")}
             dropped.write(json.dumps({**row, "dropped_by": name, "reason": reason}, ensure_ascii=False) + "\n")
-    text = json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n"
-    temporary[SUMMARY_FILE].write_text(text, encoding="utf-8")
-    if margins:
-        margins.write(temporary[MARGINS_FILE])
-    else:
+        if margins:
+            margins.write(stack.enter_context(whole_file(directory / MARGINS_FILE, "w")))
+        summary_file.write(json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n")
+    if not margins:
         (directory / MARGINS_FILE).unlink(missing_ok=True)
-    for name in names:
-        temporary[name].replace(directory / name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

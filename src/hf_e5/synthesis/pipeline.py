@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
+from ..files import whole_file
 from .batch import BatchExecutor
 from .budget import Budget
 from .client import ChatClient, Unavailable
@@ -23,7 +24,7 @@ from .job import Job
 from .online import OnlineExecutor
 from .plan import Plan
 from .prices import BATCH_DISCOUNT, find_price
-from .store import AnswerStore, write_atomically
+from .store import AnswerStore
 
 
 SERVER_NAME = "server.json"
@@ -201,6 +202,5 @@ def _load_dialects(folder: Path, base_url: str | None) -> dict[str, Dialect]:
 
 def _save_dialects(folder: Path, client: ChatClient) -> None:
     models = {model: asdict(dialect) for model, dialect in client.dialects.items()}
-    write_atomically(
-        folder / SERVER_NAME, json.dumps({"base_url": client.base_url, "models": models}, indent=2) + "\n"
-    )
+    with whole_file(folder / SERVER_NAME, "w") as file:
+        file.write(json.dumps({"base_url": client.base_url, "models": models}, indent=2) + "\n")

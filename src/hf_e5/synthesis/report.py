@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import whole_folder
 from .figures import plot_shares
 from .filtering import DROPPED_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE, SUMMARY_FILE, read_rows
 from .html_report import Table, render_page
@@ -29,6 +28,8 @@ from .statistics import Sample, Statistics, read_margins, read_usage
 
 
 ANSWERS_FILE = "answers.jsonl"
+# Lists the files of a report: only a folder that has it, and no other files, is replaced.
+MARKER_FILE = ".hf-e5-report"
 # Rows that the page carries: about 30 MB of text, which a browser opens in about a second.
 MAX_ROWS = 20_000
 
@@ -38,12 +39,13 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
 
     Args:
         directory: folder of the run, with records.jsonl and, after `hf-e5 filter`, kept.jsonl and dropped.jsonl.
-        out: folder to write; replaced as a whole. None for `directory`/report.
+        out: folder to write. None for `directory`/report. An earlier report there is replaced as a whole; any other
+            folder, and a report that files were added to, is an error.
         max_rows: most records on the page; of more, it shows a random sample and says so. At most half of them are
             dropped ones.
 
     Raises:
-        InputError: there are no records.
+        InputError: there are no records, or `out` may not be replaced.
     """
     directory = Path(directory)
     out = Path(out) if out else directory / "report"
@@ -51,9 +53,14 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
     source = directory / (KEPT_FILE if filtered else RECORDS_FILE)
     if not source.is_file():
         raise InputError(f"{source}: no such file; DIR is the folder that hf-e5 synthesize wrote")
-    if out.exists() and not (out / "report.json").is_file():
-        raise InputError(f"{out}: exists and is no report; choose another folder")
+    if directory.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: holds the records and is no report; choose another folder")
+    with whole_folder(out, marker=MARKER_FILE) as folder:
+        return _write(directory, source, filtered, folder, max_rows)
 
+
+def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows: int) -> dict[str, Any]:
+    """Count the records of `source` and write the report to the empty `folder`."""
     dropped, losses = Sample(max_rows // 2), Counter[tuple[str, str]]()
     if filtered and (directory / DROPPED_FILE).is_file():
         for row in _progress(directory / DROPPED_FILE):
@@ -73,29 +80,19 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
     report["near_duplicate_rate"] = _near_duplicate_rate(report.get("filters"))
     report["margins"] = read_margins(directory / MARGINS_FILE)
     report["usage"] = read_usage(directory / ANSWERS_FILE, statistics.records)
-    records = kept.rows() + dropped.rows()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        temporary.chmod(0o755)
-        _, svg = plot_shares(statistics.task_types, statistics.languages, temporary / "figure2")
-        page = render_page(
-            title=f"{directory.resolve().name}: synthetic records",
-            tiles=_tiles(report),
-            notes=_notes(kept, dropped, directory, filtered),
-            tables=_tables(report),
-            figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
-            records=records,
-        )
-        (temporary / "index.html").write_text(page, encoding="utf-8")
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        (temporary / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    _, svg = plot_shares(statistics.task_types, statistics.languages, folder / "figure2")
+    page = render_page(
+        title=f"{directory.resolve().name}: synthetic records",
+        tiles=_tiles(report),
+        notes=_notes(kept, dropped, directory, filtered),
+        tables=_tables(report),
+        figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
+        records=kept.rows() + dropped.rows(),
+    )
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     return report
 
 

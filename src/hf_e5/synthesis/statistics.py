@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from .dedup import text_key
 from .filters import TEXT_FIELDS, UNSPACED_SCRIPTS, WORD_CHARACTERS, FilterSettings, schema
+from .usage import Usage
 
 
 # Distinct-n falls as texts are added, so it is taken on samples of one size, of which results can be compared.
@@ -116,7 +116,7 @@ def distinct_ngrams(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
 
 
 def read_usage(path: Path, records: int) -> dict[str, Any] | None:
-    """Sum up tokens and cost of `answers.jsonl` (see `store.py`) by model; None without such a file.
+    """Sum up tokens and cost of `answers.jsonl` by model (`usage.Usage`); None without such a file.
 
     Failed answers and brainstormed task lists were paid for and count. A cost is None where a model has no price.
 
@@ -125,31 +125,16 @@ def read_usage(path: Path, records: int) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    models: dict[str, dict[str, Any]] = {}
-    errors: Counter[str] = Counter()
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                answer = json.loads(line)
-            except ValueError:
-                continue  # the torn last line of a run that was killed
-            new = {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
-            usage = models.setdefault(str(answer.get("model")), new)
-            usage["answers"] += 1
-            usage["prompt_tokens"] += answer.get("prompt_tokens") or 0
-            usage["completion_tokens"] += answer.get("completion_tokens") or 0
-            if answer.get("error"):
-                errors[str(answer["error"]).partition(":")[0]] += 1
-            if usage["cost"] is not None and answer.get("prompt_tokens"):
-                usage["cost"] = None if answer.get("cost") is None else usage["cost"] + answer["cost"]
-    costs = [usage["cost"] for usage in models.values()]
-    tokens = sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in models.values())
+    usage = Usage()
+    usage.add_file(path)
+    models = usage.models.values()
+    costs = [model.cost for model in models]
     return {
-        "models": models,
-        "answers": sum(usage["answers"] for usage in models.values()),
-        "errors": dict(errors.most_common()),
-        "tokens_per_record": tokens / records,
-        "usd_per_1k_records": None if None in costs else 1000 * sum(costs) / records,
+        "models": {name: asdict(model) for name, model in usage.models.items()},
+        "answers": sum(model.answers for model in models),
+        "errors": dict(usage.errors.most_common()),
+        "tokens_per_record": sum(model.prompt_tokens + model.completion_tokens for model in models) / records,
+        "usd_per_1k_records": None if None in costs else 1000 * sum(filter(None, costs)) / records,
     }
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..files import whole_file
 
 
 try:
@@ -169,15 +170,12 @@ class AnswerStore:
 
     def write_views(self) -> None:
         """Write `records.jsonl` and `failures.jsonl` anew from the log, each at once."""
-        temporary = {name: self.folder / f".{name}.new" for name in (RECORDS_NAME, FAILURES_NAME)}
-        with open(temporary[RECORDS_NAME], "wb") as records, open(temporary[FAILURES_NAME], "wb") as failures:
+        with whole_file(self.folder / RECORDS_NAME) as records, whole_file(self.folder / FAILURES_NAME) as failures:
             for row in read_rows(self.folder / LOG_NAME):
                 if row.get("record"):
                     records.write(_line(row["record"]))
                 elif row["error"] and row["final"] and self._is_last(row):
                     failures.write(_line(_failure(row)))
-        for name, path in temporary.items():
-            path.replace(self.folder / name)
 
     def _is_last(self, row: dict[str, Any]) -> bool:
         return self.attempts.get(row["id"]) == row["attempt"]
@@ -211,17 +209,15 @@ class AnswerStore:
                     f"{identity[changed[0]]}); use another --output"
                 )
         elif identity:
-            write_atomically(path, json.dumps(identity, indent=2) + "\n")
+            with whole_file(path, "w") as file:
+                file.write(json.dumps(identity, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: str | Path, *, torn_end: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file, one in memory at a time.
+
+    Args:
+        torn_end: pass over a last line that a crash cut.
 
     Raises:
         InputError: a line is no JSON object; names file and line.
@@ -229,9 +225,14 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
-                raise InputError(f"{path}: line {number} is no JSON; remove or repair it") from None
+                if torn_end and not line.endswith(b"\n"):
+                    return
+                row = None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no JSON object; remove or repair it")
+            yield row
 
 
 def _repair_tail(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -27,6 +27,8 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 @dataclass
 class ModelArguments:
     """The model to start from. Names and meaning as in TRL's `ModelConfig`; defaults are the paper's."""
+
+    INPUT_PATHS: ClassVar = ("model_name_or_path",)
 
     model_name_or_path: str = field(metadata={"help": "Hub id, folder, adapter folder or .gguf file"})
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
@@ -100,6 +102,8 @@ class ModelArguments:
 class DataArguments:
     """The data to train and evaluate on."""
 
+    INPUT_PATHS: ClassVar = ("dataset_name",)
+
     dataset_name: str = field(
         metadata={"help": "mixture YAML, folder written by `hf-e5 build`, Hub id, .jsonl or .parquet file"}
     )
@@ -136,6 +140,8 @@ class E5TrainingArguments(TrainingArguments):
     Raises:
         InputError: A value is out of range.
     """
+
+    INPUT_PATHS: ClassVar = ("deepspeed",)
 
     temperature: float = field(default=0.02, metadata={"help": "of InfoNCE (paper, section 3.2)"})
     query_max_length: int = field(default=512, metadata={"help": "tokens of a query, instruction and EOS included"})

@@ -141,9 +141,10 @@ class LogTable(ProgressCallback):
         self._has_head = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None and (args.disable_tqdm or not sys.stderr.isatty()):
-            self.training_bar.disable = True
+        if state.is_world_process_zero:
+            hidden = args.disable_tqdm or not sys.stderr.isatty()
+            self.training_bar = tqdm(total=state.max_steps, desc="training", dynamic_ncols=True, disable=hidden)
+        self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
@@ -155,7 +156,8 @@ class LogTable(ProgressCallback):
         if not self._has_head:
             tqdm.write(" ".join([f"{'step':>6}", *(f"{head:>9}" for head, _ in self.COLUMNS.values())]))
             self._has_head = True
-        cells = [form.format(float(logs[name])) if name in logs else "" for name, (_, form) in self.COLUMNS.items()]
+        cells = [form.format(logs.get(name, math.nan)) for name, (_, form) in self.COLUMNS.items()]
+        cells = ["" if cell == "nan" else cell for cell in cells]  # no hard negatives in these batches, say
         tqdm.write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
 
 

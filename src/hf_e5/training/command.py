@@ -1,34 +1,20 @@
-"""`hf-e5 train --config F`: the recipe script's wiring in one process, for where the repository is not at hand.
+"""`hf-e5 train`: fine-tune a model.
 
-For several GPUs, or to change anything, launch `recipes/train_mistral.py`.
+Its flags are the fields of three dataclasses and are parsed by `hf_e5.config.parse_config`, as in
+`recipes/train_mistral.py`, which does the same where `accelerate launch` wants a script.
 """
 
 from __future__ import annotations
 
-import argparse
-
-from transformers import set_seed
-
 from ..config import parse_config
 from .arguments import DataArguments, E5TrainingArguments, ModelArguments
-from .trainer import E5Trainer, last_checkpoint
+from .run import train
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file, e.g. recipes/configs/qwen3_0_6b.yaml")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags that override the file")
-
-
-def run(args: argparse.Namespace) -> None:
-    types = (ModelArguments, DataArguments, E5TrainingArguments)
-    model_args, data_args, training_args = parse_config(types, ["--config", args.config, *args.flags])
-    set_seed(training_args.seed)
-    with_eval = training_args.eval_strategy != "no"
-    trainer = E5Trainer(
-        model_args.load(), training_args, data_args.load_train(), data_args.load_eval() if with_eval else None
+def run_argv(argv: list[str]) -> None:
+    model_args, data_args, training_args = parse_config(
+        (ModelArguments, DataArguments, E5TrainingArguments), argv, prog="hf-e5 train"
     )
-    trainer.train(
-        resume_from_checkpoint=training_args.resume_from_checkpoint or last_checkpoint(str(training_args.output_dir))
-    )
-    trainer.save_model()
-    print(f"wrote {training_args.output_dir}; next: hf-e5 export {training_args.output_dir} OUT")
+    trainer = train(model_args, data_args, training_args)
+    if trainer.is_world_process_zero():
+        print(f"wrote {training_args.output_dir}; next: hf-e5 export {training_args.output_dir} OUT")

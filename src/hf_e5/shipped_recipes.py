@@ -1,0 +1,144 @@
+"""`hf-e5 recipes`: the shipped configurations, found by name, shown and copied.
+
+The folder `recipes/` of the repository is part of the package: `src/hf_e5/recipes` links to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .errors import InputError
+
+
+RECIPES = Path(__file__).resolve().with_name("recipes").resolve()
+FOLDERS = {
+    "training": "configs",
+    "mixture": "configs/mixtures",
+    "synthesis": "synthesis",
+    "accelerate": "accelerate_configs",
+}
+_DATA_FILE = r"\.(ya?ml|jsonl?|parquet|csv|tsv|gguf)(\.\w+)?$"
+
+
+class Recipe(NamedTuple):
+    """A shipped YAML file; `kind` is a key of `FOLDERS`, the description its first comment line."""
+
+    name: str
+    kind: str
+    path: Path
+
+    @property
+    def description(self) -> str:
+        with open(self.path, encoding="utf-8") as lines:
+            return next(lines).removeprefix("#").strip()
+
+
+def list_recipes(kind: str | None = None) -> list[Recipe]:
+    """Return the shipped recipes, of one kind or of all."""
+    kinds = [kind] if kind else list(FOLDERS)
+    return [Recipe(path.stem, k, path) for k in kinds for path in sorted((RECIPES / FOLDERS[k]).glob("*.yaml"))]
+
+
+def find_recipe(name: str, kind: str | None = None) -> Path:
+    """Return the file of a shipped recipe.
+
+    Raises:
+        InputError: there is none of this name (and kind).
+    """
+    recipes = {recipe.name: recipe.path for recipe in list_recipes(kind)}
+    if name not in recipes:
+        close = get_close_matches(name, recipes, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(
+            f"{name}: no such file here, and no shipped {kind + ' ' if kind else ''}recipe{hint} (see hf-e5 recipes)"
+        )
+    return recipes[name]
+
+
+def config_path(value: str, kind: str) -> Path:
+    """Return the file that `--config` means: a path, or the name of a shipped recipe if no such file exists.
+
+    Raises:
+        InputError: a name without suffix or folder that is neither.
+    """
+    if Path(value).is_file() or Path(value).name != value or Path(value).suffix in (".yaml", ".yml"):
+        return Path(value)
+    return find_recipe(value, kind)
+
+
+def beside(path: str | Path, value: str) -> str:
+    """Resolve a path that stands in the file `path`: it is relative to the folder of that file.
+
+    What has the form of a Hub id (`name`, `user/name`) stays one, unless a file or folder of that name is there.
+    """
+    if "://" in value or os.path.isabs(value):
+        return value
+    resolved = os.path.abspath(os.path.join(os.path.dirname(path), value))
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not re.search(_DATA_FILE, value)
+    return value if is_hub_id and not os.path.exists(resolved) else resolved
+
+
+def copy_recipe(name: str, folder: str | Path) -> list[Path]:
+    """Copy a recipe, and the shipped files that it names, to edit. The copies lie as they do in `recipes/`.
+
+    Returns:
+        The new files, the recipe first.
+
+    Raises:
+        InputError: there is no such recipe, or a file exists already.
+    """
+    sources = list(dict.fromkeys(_with_named_files(find_recipe(name))))
+    targets = [Path(folder) / source.relative_to(RECIPES) for source in sources]
+    for target in targets:
+        if target.exists():
+            raise InputError(f"{target}: exists; choose another folder")
+    for source, target in zip(sources, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    return targets
+
+
+def _with_named_files(path: Path) -> Iterator[Path]:
+    yield path
+    if path.suffix == ".yaml":
+        for value in _strings(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            named = Path(os.path.normpath(path.parent / value))
+            if len(value) < 200 and named.is_relative_to(RECIPES) and named.is_file():
+                yield from _with_named_files(named)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="print the path of this recipe; without it, list all")
+    parser.add_argument("--copy", metavar="DIR", help="copy the recipe, and the files that it names, to edit them")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.name is None:
+        if args.copy:
+            raise InputError("--copy needs the NAME of a recipe")
+        recipes = list_recipes()
+        width = max(len(recipe.name) for recipe in recipes)
+        for recipe in recipes:
+            print(f"{recipe.kind:<11} {recipe.name:<{width}}  {recipe.description}")
+    elif args.copy:
+        paths = copy_recipe(args.name, args.copy)
+        print("\n".join(f"wrote {path}" for path in paths))
+    else:
+        print(find_recipe(args.name))
