@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from hf_e5.synthesis.contamination import TestSets, check_contamination
-from hf_e5.synthesis.filtering import filter_records
-from hf_e5.synthesis.filters import FilterSettings
-from hf_e5.synthesis.report import write_report
+from hf_e5.filters.contamination import TestSets, check_contamination
+from hf_e5.filters.record_filters import FilterSettings
+from hf_e5.filters.run import filter_records
+from hf_e5.report.write import write_report
 
 
 def main(directory: str) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from hf_e5.data.mining import mine_hard_negatives
+from hf_e5.data.mining.mine import mine_hard_negatives
+from hf_e5.data.mining.selection import Selection
 from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
 from hf_e5.data.sampler import TaskBatchSampler, group_rows, hash_texts
-from hf_e5.data.selection import Selection
 from hf_e5.data.validation import validate_mixture
 
 

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import concatenate_datasets, get_dataset_config_names, load_dataset
 
-import hf_e5.data.records
+import hf_e5.records
 from hf_e5 import SyntheticTriplets
 from hf_e5.cli import main
 from hf_e5.data.build import build_dataset
-from hf_e5.data.records import folded, split_of
 from hf_e5.errors import InputError
 from hf_e5.instructions import TASK_TYPES
+from hf_e5.records import folded, split_of
 
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"
@@ -213,14 +213,14 @@ def test_given_splits_are_kept(records, tmp_path):
 
 def test_build_parses_a_record_once_to_part_it_and_once_to_write_it(records, tmp_path, monkeypatch):
     parsed = Counter()
-    parse = hf_e5.data.records._parse
+    parse = hf_e5.records._parse
 
     def count(line, place):
         record = parse(line, place)
         parsed[record["id"]] += 1
         return record
 
-    monkeypatch.setattr("hf_e5.data.records._parse", count)
+    monkeypatch.setattr("hf_e5.records._parse", count)
     build_dataset([write(tmp_path / "r.jsonl", records[:300])], tmp_path / "out", test_size=0.5)
     parts = len(list((tmp_path / "out").rglob("*.parquet")))
     # One more of the first record of each part, as a part must not be empty.

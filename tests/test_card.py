@@ -12,8 +12,8 @@ from huggingface_hub import DatasetCard
 from hf_e5.data.build import build_dataset
 from hf_e5.data.card import size_category
 from hf_e5.errors import InputError
+from hf_e5.filters.run import filter_records
 from hf_e5.instructions import TASK_TYPES
-from hf_e5.synthesis.filtering import filter_records
 
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"

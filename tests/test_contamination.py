@@ -6,7 +6,7 @@ import pytest
 
 from hf_e5.cli import main
 from hf_e5.errors import InputError
-from hf_e5.synthesis.contamination import TestSets, check_contamination, normalize, read_texts
+from hf_e5.filters.contamination import TestSets, check_contamination, normalize, read_texts
 
 
 QUESTION = "Who wrote the Tractatus Logico-Philosophicus?"

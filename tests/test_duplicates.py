@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
 
-from hf_e5.synthesis.dedup import NUM_PERM, SHINGLE, exact_key, near_duplicates, signature
+from hf_e5.filters.duplicates import NUM_PERM, SHINGLE, exact_key, near_duplicates, signature
 
 
 def shingles(text: str) -> set[str]:

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModel
 
 from hf_e5 import E5Model
 from hf_e5.instructions import format_query
-from hf_e5.modeling import encoder, packed
-from hf_e5.modeling.micro_batches import forward_batches
+from hf_e5.modeling import encoder
+from hf_e5.modeling.packed import decoder
+from hf_e5.modeling.packed.micro_batches import forward_batches
 from hf_e5.modeling.tokenizer import tokenize
 
 
@@ -142,7 +143,7 @@ def test_sliding_window(tiny_checkpoint, monkeypatch):
 
 
 def test_unknown_decoders_run_padded(model, monkeypatch):
-    monkeypatch.setattr(packed, "PACKABLE", set())
+    monkeypatch.setattr(decoder, "PACKABLE", set())
     assert "pack" not in plan(model, TEXTS)[1][0]
     assert difference(model, TEXTS, INSTRUCTION) < 1e-5
 

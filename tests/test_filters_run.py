@@ -6,10 +6,10 @@ import pytest
 
 from hf_e5.cli import main
 from hf_e5.errors import InputError
-from hf_e5.synthesis import filtering
-from hf_e5.synthesis.contamination import TestSets
-from hf_e5.synthesis.filtering import FILTER_NAMES, filter_records
-from hf_e5.synthesis.filters import FilterSettings
+from hf_e5.filters import run as filtering
+from hf_e5.filters.contamination import TestSets
+from hf_e5.filters.record_filters import FilterSettings
+from hf_e5.filters.run import FILTER_NAMES, filter_records
 
 
 def write(path: Path, rows) -> None:

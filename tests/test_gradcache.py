@@ -10,7 +10,7 @@ from step_reference import arguments, make_model, make_rows, reference, relative
 
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.errors import InputError
-from hf_e5.modeling import packed
+from hf_e5.modeling.packed import decoder
 from hf_e5.training import gradcache
 from hf_e5.training.gradcache import ContrastiveStep
 
@@ -36,9 +36,9 @@ def test_step_equals_joint_backward(model, keep, mask_duplicates):
 @pytest.mark.parametrize("path", ["transformers' modules", "padded"])
 def test_other_paths_equal_joint_backward(model, monkeypatch, path, padding_side):
     """Backbones that the fused layers do not know run packed through their own modules; encoders run padded."""
-    monkeypatch.setattr(packed, "FUSABLE", set())
+    monkeypatch.setattr(decoder, "FUSABLE", set())
     if path == "padded":
-        monkeypatch.setattr(packed, "PACKABLE", set())
+        monkeypatch.setattr(decoder, "PACKABLE", set())
     monkeypatch.setattr(model.tokenizer, "padding_side", padding_side)
     rows = make_rows(7)
     loss, expected = reference(model, rows)
@@ -52,7 +52,7 @@ def test_other_poolings_equal_the_padded_forward(model, monkeypatch, pooling):
     monkeypatch.setattr(model, "pooling", pooling)
     batch = E5DataCollator()(make_rows(5))
     output, grads = run_step(model, batch)
-    monkeypatch.setattr(packed, "PACKABLE", set())
+    monkeypatch.setattr(decoder, "PACKABLE", set())
     expected_output, expected = run_step(model, batch)
     assert output.loss.item() == pytest.approx(expected_output.loss.item(), rel=1e-5)
     for name, value in expected.items():
@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_nothing(tiny_checkpoint):
 def test_dropout_is_replayed(tiny_checkpoint, monkeypatch, is_fused):
     """Recomputing draws the masks of the first pass: the gradient is that of kept graphs, and differs by seed."""
     if not is_fused:
-        monkeypatch.setattr(packed, "FUSABLE", set())
+        monkeypatch.setattr(decoder, "FUSABLE", set())
     model, batch = make_model(tiny_checkpoint, dropout=0.3), E5DataCollator()(make_rows(7))
     results = []
     for seed, keep in [(1, 10**9), (1, 0), (2, 0)]:

@@ -19,7 +19,7 @@ from hub_server import HubServer
 
 from hf_e5.data.build import build_dataset
 from hf_e5.errors import InputError
-from hf_e5.export.hub import detect_repo_type
+from hf_e5.hub import detect_repo_type
 
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from hf_e5.cli import main
-from hf_e5.data import mining
-from hf_e5.data.mining import mine_hard_negatives
+from hf_e5.data.mining import mine as mining
+from hf_e5.data.mining.mine import mine_hard_negatives
+from hf_e5.data.mining.search import exact_search
+from hf_e5.data.mining.selection import Selection
+from hf_e5.data.mining.text_blocks import normalize
 from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
-from hf_e5.data.search import exact_search
-from hf_e5.data.selection import Selection
-from hf_e5.data.text_blocks import normalize
 from hf_e5.errors import InputError
 
 
@@ -180,7 +180,7 @@ def test_mined_negatives_are_the_best_of_the_others(data, miner, tmp_path):
 
 def test_mining_resumes_and_refuses_other_work(data, miner, tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "BLOCK", 16)
-    monkeypatch.setattr("hf_e5.data.text_blocks.BLOCK", 16)
+    monkeypatch.setattr("hf_e5.data.mining.text_blocks.BLOCK", 16)
     options = {"selection": Selection(num_negatives=3, seed=1), "work_dir": tmp_path / "work"}
     calls = []
 

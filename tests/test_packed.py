@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
 
-from hf_e5.modeling import packing
-from hf_e5.modeling.attention import packed_attention
-from hf_e5.modeling.lora import Projection
-from hf_e5.modeling.packed import FUSABLE, PACKABLE, _fused_layers, pack_forward, supports_packing
-from hf_e5.modeling.packing import make_packs, padding_share
+from hf_e5.modeling.packed import layout as packing
+from hf_e5.modeling.packed.attention import packed_attention
+from hf_e5.modeling.packed.decoder import FUSABLE, PACKABLE, _fused_layers, pack_forward, supports_packing
+from hf_e5.modeling.packed.fused_lora import Projection
+from hf_e5.modeling.packed.layout import make_packs, padding_share
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sklearn.metrics import ndcg_score
 
-from hf_e5.metrics import MRR, NDCG, Accuracy
+from hf_e5.metrics.ranking import MRR, NDCG, Accuracy
 
 
 RNG = np.random.default_rng(0)

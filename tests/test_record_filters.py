@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_e5.synthesis.contamination import TestSets
-from hf_e5.synthesis.filters import FILTERS, FilterSettings, LengthLimits, judge
-from hf_e5.synthesis.language_id import detect_other_language
-from hf_e5.synthesis.languages import load_languages
+from hf_e5.filters.contamination import TestSets
+from hf_e5.filters.language_id import detect_other_language
+from hf_e5.filters.record_filters import FILTERS, FilterSettings, LengthLimits, judge
+from hf_e5.languages import load_languages
 
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "triplets.jsonl"

@@ -13,10 +13,10 @@ from hf_e5.cli import main
 from hf_e5.data.build import build_dataset
 from hf_e5.data.provenance import read_provenance
 from hf_e5.errors import InputError
-from hf_e5.synthesis.filtering import filter_records
-from hf_e5.synthesis.filters import FILTERS
-from hf_e5.synthesis.report import write_report
-from hf_e5.synthesis.statistics import Sample, distinct_ngrams, read_usage
+from hf_e5.filters.record_filters import FILTERS
+from hf_e5.filters.run import filter_records
+from hf_e5.report.statistics import Sample, distinct_ngrams, read_usage
+from hf_e5.report.write import write_report
 
 
 def write(path: Path, rows) -> None:
@@ -238,7 +238,7 @@ def test_a_report_that_fails_half_way_leaves_the_one_before(run_folder, monkeypa
     def fail(**_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hf_e5.synthesis.report.render_page", fail)
+    monkeypatch.setattr("hf_e5.report.write.render_page", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(run_folder)
     assert everything(run_folder) == before

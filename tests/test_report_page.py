@@ -6,8 +6,8 @@ import pytest
 from chromium import Chromium
 from conftest import BROWSER
 
-from hf_e5.synthesis.filtering import filter_records
-from hf_e5.synthesis.report import write_report
+from hf_e5.filters.run import filter_records
+from hf_e5.report.write import write_report
 
 
 EVIL = "</script><img src=x onerror='window.broken = 1'><script>window.broken = 1</script> lunar"

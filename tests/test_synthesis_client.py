@@ -11,9 +11,9 @@ import pytest
 
 from hf_e5.errors import InputError
 from hf_e5.synthesis import client as client_module
+from hf_e5.synthesis.capabilities import Call, Dialect
 from hf_e5.synthesis.client import ChatClient, Pace, Unavailable
 from hf_e5.synthesis.config import load_config
-from hf_e5.synthesis.dialect import Call, Dialect
 
 
 CONFIG = load_config({"models": ["m"], "timeout": 1})

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from hf_e5.errors import InputError
+from hf_e5.languages import load_languages
 from hf_e5.synthesis.config import load_config
-from hf_e5.synthesis.estimate import describe_plan
-from hf_e5.synthesis.languages import load_languages
+from hf_e5.synthesis.cost import describe_plan
 from hf_e5.synthesis.plan import Plan, Task, apportion
 
 

@@ -6,13 +6,12 @@ import random
 
 import pytest
 
-from hf_e5.synthesis.budget import Budget
 from hf_e5.synthesis.client import Answer
 from hf_e5.synthesis.config import load_config
-from hf_e5.synthesis.job import Job
-from hf_e5.synthesis.online import OnlineExecutor
+from hf_e5.synthesis.cost import Budget
+from hf_e5.synthesis.executors import OnlineExecutor
 from hf_e5.synthesis.plan import Plan, Task
-from hf_e5.synthesis.pool import TaskPool
+from hf_e5.synthesis.run import Job, TaskPool
 from hf_e5.synthesis.store import AnswerStore
 
 

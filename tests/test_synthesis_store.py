@@ -7,7 +7,8 @@ import os
 import pytest
 
 from hf_e5.errors import InputError
-from hf_e5.synthesis.store import RECORD_COLUMNS, AnswerStore, read_rows
+from hf_e5.records import RECORD_COLUMNS
+from hf_e5.synthesis.store import AnswerStore, read_rows
 
 
 def row(number, *, error=None, attempt=1, final=True, cost=0.5):

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hf_e5.synthesis.filtering import filter_records
+from hf_e5.filters.run import filter_records
 
 
 def write_records(path: Path, count: int) -> None:

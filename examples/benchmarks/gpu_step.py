@@ -32,8 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel
 
 from hf_e5.data.collator import E5DataCollator
-from hf_e5.modeling import elementwise, packed
 from hf_e5.modeling.encoder import E5Model
+from hf_e5.modeling.packed import decoder, fused_ops
 from hf_e5.training.arguments import E5TrainingArguments
 from hf_e5.training.gradcache import ContrastiveStep
 
@@ -44,9 +44,9 @@ WARM_UP_TRIPLETS = 32
 Step = Callable[[list[dict]], float]  # forward and backward of these rows; returns the loss
 ECONOMIES = {
     "kept graphs": nullcontext,  # an argument of the step
-    "fused layers": lambda: mock.patch.object(packed, "FUSABLE", set()),
-    "packing": lambda: mock.patch.object(packed, "PACKABLE", set()),
-    "compiling": lambda: mock.patch.object(elementwise, "COMPILE_FROM", 2**62),
+    "fused layers": lambda: mock.patch.object(decoder, "FUSABLE", set()),
+    "packing": lambda: mock.patch.object(decoder, "PACKABLE", set()),
+    "compiling": lambda: mock.patch.object(fused_ops, "COMPILE_FROM", 2**62),
 }
 
 

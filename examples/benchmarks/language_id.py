@@ -13,8 +13,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from hf_e5.synthesis.language_id import LOOKS_LIKE, MIN_LETTER_BYTES, detect_other_language
-from hf_e5.synthesis.languages import load_languages
+from hf_e5.filters.language_id import LOOKS_LIKE, MIN_LETTER_BYTES, detect_other_language
+from hf_e5.languages import load_languages
 
 
 SAME = {"nb": "no", "nn": "no", "tl": "fil", "srl": "sr"}

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from hf_e5.data import mining
-from hf_e5.data.text_blocks import BLOCK
+from hf_e5.data.mining import mine as mining
+from hf_e5.data.mining.text_blocks import BLOCK
 
 
 def write_vectors(folder: Path, count: int, dim: int, seed: int) -> None:

@@ -21,7 +21,7 @@ from hf_e5.data.collator import E5DataCollator
 from hf_e5.data.tokenization import tokenize_dataset
 from hf_e5.instructions import format_query
 from hf_e5.modeling.encoder import E5Model
-from hf_e5.modeling.packing import Pack, padding_share
+from hf_e5.modeling.packed.layout import Pack, padding_share
 from hf_e5.training.arguments import E5TrainingArguments
 from hf_e5.training.gradcache import ContrastiveStep
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import aiohttp
 from llm_server import running_server
 
+from hf_e5.synthesis.capabilities import Call, Dialect
 from hf_e5.synthesis.config import load_config
-from hf_e5.synthesis.dialect import Call, Dialect
 from hf_e5.synthesis.pipeline import synthesize
 from hf_e5.synthesis.plan import Plan, Task
 

@@ -1,6 +1,6 @@
 """`hf-e5`: one command per stage.
 
-A command lives in its stage, as a module with `add_arguments(parser)` and `run(args)`, or with `run_argv(argv)` if it
+A command is a module of `hf_e5.commands` with `add_arguments(parser)` and `run(args)`, or with `run_argv(argv)` if it
 parses its flags itself; it is imported only when it is called, so that `hf-e5 --help` is instant and needs no extra.
 """
 
@@ -14,20 +14,20 @@ from .environment import prepare_process
 from .errors import InputError
 
 
-# name: (module, one-line help), in the order in which data flows
+# name: one-line help, in the order in which data flows
 COMMANDS = {
-    "synthesize": ("hf_e5.synthesis.command", "write training examples with an LLM"),
-    "filter": ("hf_e5.synthesis.filtering", "part the records of a synthesis run into kept and dropped"),
-    "contamination": ("hf_e5.synthesis.contamination", "count the texts of test sets in training data"),
-    "report": ("hf_e5.synthesis.report", "describe the records of a synthesis run and make them browsable"),
-    "build": ("hf_e5.data.build", "turn records into a dataset folder with a card"),
-    "mine": ("hf_e5.data.mine", "mine hard negatives"),
-    "validate": ("hf_e5.data.validation", "check a training mixture before training on it"),
-    "train": ("hf_e5.training.command", "fine-tune a model"),
-    "export": ("hf_e5.export.command", "turn a checkpoint into a sentence-transformers folder"),
-    "verify": ("hf_e5.export.verify_command", "compare an exported folder with what it was made from"),
-    "push": ("hf_e5.export.hub", "put a dataset or model folder on the Hub"),
-    "recipes": ("hf_e5.shipped_recipes", "list, find and copy the shipped configurations"),
+    "synthesize": "write training examples with an LLM",
+    "filter": "part the records of a synthesis run into kept and dropped",
+    "contamination": "count the texts of test sets in training data",
+    "report": "describe the records of a synthesis run and make them browsable",
+    "build": "turn records into a dataset folder with a card",
+    "mine": "mine hard negatives",
+    "validate": "check a training mixture before training on it",
+    "train": "fine-tune a model",
+    "export": "turn a checkpoint into a sentence-transformers folder",
+    "verify": "compare an exported folder with what it was made from",
+    "push": "put a dataset or model folder on the Hub",
+    "recipes": "list, find and copy the shipped configurations",
 }
 
 
@@ -36,11 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="hf-e5", description="Text embeddings from LLMs and LLM-written data.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:
             prepare_process()  # before torch is imported
-            command = import_module(module)
+            command = import_module(f"hf_e5.commands.{name}")
             if hasattr(command, "run_argv"):
                 flags, argv = argv[1:], argv[:1]
                 subparser.set_defaults(run=lambda _: command.run_argv(flags))  # noqa: B023 (one command at most)

@@ -1,4 +1,4 @@
-"""`hf-e5 push`: a dataset or model folder goes to the Hub in one commit.
+"""A dataset or model folder goes to the Hub in one commit.
 
 Large files are stored first, then one commit makes all changes at once: a push that breaks leaves the repository as
 it was, and the next one sends only what is not stored yet. The token is where `hf auth login` or HF_TOKEN put it.
@@ -6,7 +6,6 @@ it was, and the next one sends only what is not stored yet. The token is where `
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -17,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import InputError
+from .errors import InputError
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ STALE_PATTERNS = {"dataset": ("data/*.parquet", "figures/*"), "model": ("*.safet
 RETRY_WAITS = (1, 2, 4, 8)  # seconds
 
 
-def push_folder(folder: str | Path, repo_id: str, *, public: bool = False) -> tuple[str, bool]:
+def push_to_hub(folder: str | Path, repo_id: str, *, public: bool = False) -> tuple[str, bool]:
     """Make a Hub repository hold what a folder holds.
 
     Files that are already there are not sent again. Shards and configs of an earlier push that the folder no longer
@@ -148,20 +147,3 @@ def _push(folder: Path, repo_id: str, repo_type: str, public: bool) -> tuple[str
         parent_commit=info.sha,
     )
     return str(url), commit.oid != info.sha
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="dataset from `hf-e5 build` or model from `hf-e5 export`")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="USER/NAME on the Hub; created if it does not exist")
-    parser.add_argument("--public", action="store_true", help="let everyone see it (default: private)")
-
-
-def run(args: argparse.Namespace) -> None:
-    repo_type = detect_repo_type(Path(args.folder))
-    print(f"pushing {args.folder} as a {repo_type} to {args.repo_id} ({'public' if args.public else 'private'})")
-    url, changed = push_folder(args.folder, args.repo_id, public=args.public)
-    print(f"wrote {url}" if changed else f"{url} was up to date: nothing was sent")
-    if repo_type == "dataset":
-        print(f'load it with load_dataset("{args.repo_id}")')
-    else:
-        print(f'load it with SentenceTransformer("{args.repo_id}")')

@@ -24,7 +24,7 @@ class Language:
 @cache
 def load_languages() -> dict[str, Language]:
     """Return all languages by ISO code; their shares sum to 1."""
-    text = files("hf_e5.synthesis").joinpath("data/languages.tsv").read_text(encoding="utf-8")
+    text = files("hf_e5").joinpath("languages.tsv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
     named = sum(float(row["share"]) for row in rows if row["share"])
     tail = (100 - named) / sum(not row["share"] for row in rows)

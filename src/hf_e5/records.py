@@ -13,12 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..synthesis.store import RECORD_COLUMNS
+from .errors import InputError
 
+
+# The files of a run's folder.
+ANSWERS_FILE = "answers.jsonl"
+RECORDS_FILE = "records.jsonl"
+FAILURES_FILE = "failures.jsonl"
+RUN_FILE = "run.json"
+KEPT_FILE = "kept.jsonl"
+DROPPED_FILE = "dropped.jsonl"
+FILTERS_FILE = "filters.json"
+MARGINS_FILE = "margins.tsv"
 
 # In the order of the dataset's columns; all but `negative` must be there.
-FIELDS = RECORD_COLUMNS
+RECORD_COLUMNS = (
+    "id",
+    "task_type",
+    "language",
+    "document_language",
+    "instruction",
+    "query",
+    "positive",
+    "negative",
+    "placeholders",
+    "model",
+)
 OPTIONAL_FIELDS = {"negative"}
 # One instruction serves all examples of these types (paper, table 16).
 SYMMETRIC_TASK_TYPES = ("sts", "bitext")
@@ -46,7 +66,7 @@ def find_record_files(sources: Iterable[str | Path]) -> list[Path]:
         if source.is_file():
             files.append(source)
         elif source.is_dir():
-            found = [source / name for name in ("kept.jsonl", "records.jsonl") if (source / name).is_file()]
+            found = [source / name for name in (KEPT_FILE, RECORDS_FILE) if (source / name).is_file()]
             if not found:
                 raise InputError(f"{source}: no records.jsonl in this folder")
             files.append(found[0])
@@ -75,7 +95,7 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
         raise InputError(f"{place}: not valid JSON ({error}); repair or delete this row") from None
     if not isinstance(record, dict):
         raise InputError(f"{place}: expected a JSON object, got {type(record).__name__}")
-    for field in FIELDS:
+    for field in RECORD_COLUMNS:
         problem = _problem(field, record.get(field))
         if problem:
             raise InputError(f"{place}: {field}: {problem}")
@@ -105,7 +125,7 @@ def _problem(field: str, value: Any) -> str | None:
 
 
 def _check_encodable(record: dict[str, Any], place: str) -> None:
-    for field in FIELDS:
+    for field in RECORD_COLUMNS:
         value = record.get(field)
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -1,11 +1,10 @@
-"""`hf-e5 recipes`: the shipped configurations, found by name, shown and copied.
+"""The shipped configurations, found by name, shown and copied.
 
 The folder `recipes/` of the repository is part of the package: `src/hf_e5/recipes` links to it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -122,23 +121,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="print the path of this recipe; without it, list all")
-    parser.add_argument("--copy", metavar="DIR", help="copy the recipe, and the files that it names, to edit them")
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.name is None:
-        if args.copy:
-            raise InputError("--copy needs the NAME of a recipe")
-        recipes = list_recipes()
-        width = max(len(recipe.name) for recipe in recipes)
-        for recipe in recipes:
-            print(f"{recipe.kind:<11} {recipe.name:<{width}}  {recipe.description}")
-    elif args.copy:
-        paths = copy_recipe(args.name, args.copy)
-        print("\n".join(f"wrote {path}" for path in paths))
-    else:
-        print(find_recipe(args.name))

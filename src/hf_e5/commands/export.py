@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from .sentence_transformer import DEFAULT_INSTRUCTION, export_sentence_transformer
+from ..export.sentence_transformer import DEFAULT_INSTRUCTION, export_sentence_transformer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from ..data.mining.mine import mine_hard_negatives
+from ..data.mining.selection import Selection
+from ..data.mixture import load_raw
+from ..data.mixture_config import Source, read_mixture
 from ..errors import InputError
-from .mining import mine_hard_negatives
-from .mixture import load_raw
-from .mixture_config import Source, read_mixture
-from .selection import Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,10 @@ import argparse
 from dataclasses import fields
 
 from ..errors import InputError
-from .config import load_config
-from .estimate import describe_plan
-from .pipeline import SynthesisOptions, SynthesisResult, make_plan, synthesize
+from ..records import FAILURES_FILE, RECORDS_FILE
+from ..synthesis.config import load_config
+from ..synthesis.cost import describe_plan
+from ..synthesis.pipeline import SynthesisOptions, SynthesisResult, make_plan, synthesize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(result: SynthesisResult) -> str:
-    records, failures = result.folder / "records.jsonl", result.folder / "failures.jsonl"
+    records, failures = result.folder / RECORDS_FILE, result.folder / FAILURES_FILE
     tokens = result.prompt_tokens + result.completion_tokens
     lines = [
         f"wrote {records}: {result.examples:,} of {result.planned:,} examples ({tokens:,} tokens, ${result.usd:.2f})",

@@ -7,8 +7,8 @@ Its flags are the fields of three dataclasses and are parsed by `hf_e5.config.pa
 from __future__ import annotations
 
 from ..config import parse_config
-from .arguments import DataArguments, E5TrainingArguments, ModelArguments
-from .run import train
+from ..training.arguments import DataArguments, E5TrainingArguments, ModelArguments
+from ..training.run import train
 
 
 def run_argv(argv: list[str]) -> None:

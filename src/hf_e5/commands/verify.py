@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .verify import verify_export
+from ..export.verify import verify_export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

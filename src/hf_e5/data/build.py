@@ -1,4 +1,4 @@
-"""`hf-e5 build`: records become a dataset folder that is ready for the Hub.
+"""Records become a dataset folder that is ready for the Hub (paper, section 3.1).
 
     OUT/README.md                                    the card; its YAML says which files make which config and split
     OUT/data/{task type}/{split}-00000-of-00001.parquet
@@ -10,26 +10,140 @@ config `all` is no copy: it lists the files of every task type.
 
 from __future__ import annotations
 
-import argparse
 import glob
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 from datasets import DatasetInfo
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils.py_utils import convert_file_size_to_int
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_folder
 from ..instructions import TASK_TYPES
-from .builder import TEST_SIZE, SyntheticTriplets
-from .card import write_card
+from ..records import RECORD_COLUMNS, RecordCounts, check_test_size, find_record_files, read_records, split_of
+from .card import ALL, write_card
 from .provenance import read_provenance
-from .records import RecordCounts, check_test_size, find_record_files, read_records, split_of
+
+
+TEST_SIZE = 0.02
+
+# Every column is a string, also in a config without negatives, so that the files of all configs have one schema.
+# Which placeholders were drawn differs by task type and by recipe: a JSON object keeps one schema for all of them.
+FEATURES = datasets.Features({field: datasets.Value("string") for field in RECORD_COLUMNS})
+
+
+@dataclass
+class SyntheticTripletsConfig(datasets.BuilderConfig):
+    """What one configuration holds.
+
+    Args:
+        name: a task type, or `all`.
+        test_size: share of the tasks that become the test split, from 0 (no test split) to less than 1.
+        keep_splits: `data_files` says which files make which split. Set by the builder.
+    """
+
+    version: datasets.Version = datasets.Version("1.0.0")
+    test_size: float = TEST_SIZE
+    keep_splits: bool = False
+
+
+class SyntheticTriplets(datasets.GeneratorBasedBuilder):
+    """The records of one task type, or of all, as a dataset with the splits `train` and `test`.
+
+    No instruction is in both splits; `sts` and `bitext`, which have one instruction each, are split by row. Where a
+    record falls depends on its text alone. `data_files={"train": ..., "test": ...}` keeps the given splits instead.
+    Records are streamed: memory does not grow with their number.
+
+    Columns, all strings: `id, task_type, language, document_language, instruction, query, positive, negative,
+    placeholders, model`. `negative` is null where there is none; `placeholders` is a JSON object with sorted keys.
+
+    Errors in the records raise `InputError` with file, row and field.
+
+    Example:
+
+    ```python
+    from hf_e5 import SyntheticTriplets
+
+    builder = SyntheticTriplets(config_name="short_long", data_files="records.jsonl")
+    builder.download_and_prepare()
+    train = builder.as_dataset(split="train")
+    ```
+    """
+
+    BUILDER_CONFIG_CLASS = SyntheticTripletsConfig
+    BUILDER_CONFIGS = [SyntheticTripletsConfig(name=name) for name in (ALL, *TASK_TYPES)]
+    DEFAULT_CONFIG_NAME = ALL
+
+    def __init__(
+        self, *, config_name: str = ALL, dataset_name: str = "synthetic_triplets", **builder_kwargs: Any
+    ) -> None:
+        if isinstance(builder_kwargs.get("data_files"), Mapping):
+            if "test_size" in builder_kwargs:
+                raise InputError("SyntheticTriplets: data_files names the splits; leave test_size out")
+            builder_kwargs["keep_splits"] = True
+        if config_name not in self.builder_configs:
+            # A recipe may have task types of its own; with no known names, `datasets` makes a config for any name.
+            self.BUILDER_CONFIGS = []
+        super().__init__(config_name=config_name, dataset_name=dataset_name, **builder_kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description="Text-embedding triplets written by a large language model, after arXiv 2401.00368.",
+            features=FEATURES,
+        )
+
+    def download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().download_and_prepare(*args, **kwargs)
+        except DatasetGenerationError as error:
+            # `datasets` wraps what a generator raises; a wrong record shall say so itself.
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        if not self.config.data_files:
+            raise InputError("SyntheticTriplets: pass the record files as data_files")
+        given = {split: list(paths) for split, paths in dl_manager.download(self.config.data_files).items()}
+        files = [path for paths in given.values() for path in paths]
+        arguments: dict[str, dict[str, Any]]
+        if self.config.keep_splits:
+            arguments = {split: {"files": paths, "keep": None} for split, paths in given.items()}
+        else:
+            check_test_size(self.config.test_size)
+            arguments = {split: {"files": files, "keep": split} for split in ("train", "test")}
+        # An empty split would be a trap for whoever loads it.
+        arguments = {split: kwargs for split, kwargs in arguments.items() if self._has_records(**kwargs)}
+        if not arguments:
+            raise InputError(f"{', '.join(files)}: no record of task type {self.config.name!r}")
+        return [datasets.SplitGenerator(name=split, gen_kwargs=kwargs) for split, kwargs in arguments.items()]
+
+    def _has_records(self, files: list[str], keep: str | None) -> bool:
+        return next(self._generate_examples(files, keep), None) is not None
+
+    def _generate_examples(self, files: list[str], keep: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the rows of this configuration; with `keep`, only those that `split_of` sends to that split."""
+        for file in files:
+            for place, _, record in read_records(file):
+                wanted = self.config.name in (ALL, record["task_type"])
+                if wanted and (keep is None or split_of(record, self.config.test_size) == keep):
+                    yield place, to_example(record)
+
+
+def to_example(record: dict[str, Any]) -> dict[str, Any]:
+    """Turn a record into a row of the dataset."""
+    example = {field: record.get(field) for field in RECORD_COLUMNS}
+    example["placeholders"] = json.dumps(record["placeholders"], ensure_ascii=False, sort_keys=True)
+    return example
 
 
 def build_dataset(
@@ -131,36 +245,3 @@ def _write_config(task_type: str, parts: Path, folder: Path, max_shard_size: str
         file.unlink()
     builder.info.download_size = num_bytes
     return builder.info
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", nargs="+", help="record files (JSONL), or folders written by `hf-e5 synthesize`")
-    parser.add_argument("out", metavar="OUT", help="dataset folder to write; must not exist")
-    parser.add_argument(
-        "--license", default="unknown", metavar="ID", help="licence identifier of the Hub, such as mit or cc-by-4.0"
-    )
-    parser.add_argument(
-        "--test_size",
-        type=float,
-        default=TEST_SIZE,
-        help="share of the tasks in the test split (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_shard_size", default="500MB", help="most text in one parquet file (default: %(default)s)"
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    infos = build_dataset(
-        args.records,
-        args.out,
-        license=args.license,
-        test_size=args.test_size,
-        max_shard_size=args.max_shard_size,
-    )
-    print(f"{'config':<14} {'train':>9} {'test':>7}")
-    for name, info in infos.items():
-        counts = {split: info.splits[split].num_examples if split in info.splits else 0 for split in ("train", "test")}
-        print(f"{name:<14} {counts['train']:>9,} {counts['test']:>7,}")
-    print(f"wrote {args.out}; load it with load_dataset({args.out!r}), read its card {args.out}/README.md, then:")
-    print(f"  hf-e5 push {args.out} USER/NAME")

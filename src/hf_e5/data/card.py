@@ -12,10 +12,9 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .. import __version__
-from ..synthesis.figures import plot_shares
-from .builder import ALL
+from ..records import RecordCounts
+from ..report.figures import plot_shares
 from .provenance import Provenance
-from .records import RecordCounts
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ SIZES = {
     10**8: "10M<n<100M",
     10**9: "100M<n<1B",
 }
+ALL = "all"
 
 
 def write_card(

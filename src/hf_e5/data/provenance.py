@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..records import ANSWERS_FILE, FILTERS_FILE, KEPT_FILE, RUN_FILE
 from ..synthesis.usage import Usage
 
 
@@ -36,16 +37,16 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
     """Read `run.json`, `answers.jsonl` and, for records that were filtered, `filters.json` beside each record file."""
     provenance = Provenance()
     for folder in dict.fromkeys(file.parent for file in files):
-        if (folder / "run.json").exists():
-            run = _load(folder / "run.json", (folder / "run.json").read_bytes())
+        if (folder / RUN_FILE).exists():
+            run = _load(folder / RUN_FILE, (folder / RUN_FILE).read_bytes())
             facts = {key: value for key, value in run.items() if isinstance(value, (str, int))}
             if facts not in provenance.runs:  # the shards of one run have the same
                 provenance.runs.append(facts)
-        if (folder / "answers.jsonl").exists():
-            provenance.usage.add_file(folder / "answers.jsonl")
+        if (folder / ANSWERS_FILE).exists():
+            provenance.usage.add_file(folder / ANSWERS_FILE)
     for file in files:
-        summary_file = file.parent / "filters.json"
-        if file.name == "kept.jsonl" and summary_file.exists():
+        summary_file = file.parent / FILTERS_FILE
+        if file.name == KEPT_FILE and summary_file.exists():
             summary = _load(summary_file, summary_file.read_bytes())
             provenance.dropped.update(summary["dropped"])
             provenance.num_filtered += summary["records"]

@@ -1,8 +1,7 @@
-"""`hf-e5 validate`: read a mixture as training would and report what is wrong with it, before any training starts."""
+"""Read a mixture as training would and report what is wrong with it, before any training starts."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,28 +161,3 @@ def _check_row(report: SourceReport, number: int, row: Row, seen: dict[int, tupl
     first, _ = seen.setdefault(hash((row.query, *row.positives)), (report.name, number))
     if seen[hash((row.query, *row.positives))] != (report.name, number):
         report.add(number, "query", f"query and positive as in another row of {first!r}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mixture", help="mixture YAML, data file (jsonl, parquet), built folder or Hub id")
-    parser.add_argument("--config", help="configuration of a single folder or Hub id, such as 'sts'")
-    parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="also report lengths in tokens of this model")
-
-
-def run(args: argparse.Namespace) -> int:
-    tokenizer = None
-    if args.tokenizer:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot load the tokenizer of {args.tokenizer}: {str(error).splitlines()[0]}") from error
-    reports = validate_mixture(args.mixture, config=args.config, split=args.split, tokenizer=tokenizer)
-    print("\n".join(map(str, reports)))
-    if errors := sum(report.errors for report in reports):
-        bad = ", ".join(report.name for report in reports if report.errors)
-        raise InputError(f"{errors} errors in {bad}, see above ('drop_empty: true' leaves rows without text out)")
-    print(f"{sum(report.rows for report in reports)} rows are ready: train with `dataset_name: {args.mixture}`")
-    return 0

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..instructions import format_query
-from ..metrics import NDCG, Accuracy
+from ..metrics.ranking import NDCG, Accuracy
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`hf-e5 contamination TRAIN --test_sets TEST`: texts of test sets in the training data (paper, appendix B).
+"""Texts of test sets in the training data (paper, appendix B).
 
 Two texts are the same if they are equal once case and spacing are ignored. As in the paper, equal texts that say
 little ("yes", a label, a name) are told apart from the rest: they count as low-entropy overlap, not as contamination.
@@ -6,7 +6,6 @@ little ("yes", a label, a name) are told apart from the rest: they count as low-
 
 from __future__ import annotations
 
-import argparse
 import json
 from array import array
 from collections.abc import Iterable, Iterator
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..errors import InputError
 
 
 # Characters without spaces below which an equal text is an accident rather than a leak.
 MIN_CHARACTERS = 20
-_TEXT_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+TEXT_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 
 
 def normalize(text: str) -> str:
@@ -72,7 +70,7 @@ class TestSets:
     @classmethod
     def from_files(cls, paths: Iterable[str | Path], min_characters: int = MIN_CHARACTERS) -> TestSets:
         """Read test sets from files (see `read_texts`); a set is named after its path."""
-        pairs = ((str(path), text) for path in _find_files(paths) for text in read_texts(path))
+        pairs = ((str(path), text) for path in find_text_files(paths) for text in read_texts(path))
         return cls(pairs, min_characters)
 
     def sizes(self) -> dict[str, int]:
@@ -214,43 +212,21 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _find_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+def find_text_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """Yield the files that paths stand for: a file itself, of a folder all files with text in them."""
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_FILES)
+            found = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES)
             if not found:
-                raise InputError(f"{path}: no {', '.join(_TEXT_FILES)} files in this folder")
+                raise InputError(f"{path}: no {', '.join(TEXT_FILES)} files in this folder")
             yield from found
         elif not path.is_file():
             raise InputError(f"{path}: no such file or folder")
-        elif path.suffix not in _TEXT_FILES:
-            raise InputError(f"{path}: a test set is a {', '.join(_TEXT_FILES)} file or a folder of them")
+        elif path.suffix not in TEXT_FILES:
+            raise InputError(f"{path}: a test set is a {', '.join(TEXT_FILES)} file or a folder of them")
         else:
             yield path
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = ", ".join(_TEXT_FILES)
-    parser.add_argument("train", metavar="TRAIN", nargs="+", help=f"training data: {kinds} files or folders of them")
-    parser.add_argument("--test_sets", metavar="TEST", nargs="+", required=True, help="the same for test sets")
-    parser.add_argument(
-        "--min_characters", type=int, default=MIN_CHARACTERS, help="shorter texts are low-entropy (%(default)s)"
-    )
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write the report to this JSON file as well")
-
-
-def run(args: argparse.Namespace) -> None:
-    test_sets = TestSets.from_files(args.test_sets, args.min_characters)
-    files = list(_find_files(args.train))
-    texts = ((f"{path}: text {n}", text) for path in files for n, text in enumerate(read_texts(path), start=1))
-    report = check_contamination(tqdm(texts, desc="training texts", unit=" texts"), test_sets)
-    print(report.to_markdown())
-    if args.output:
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        args.output.write_text(text, encoding="utf-8", errors="backslashreplace")
-        print(f"wrote {args.output}")
-    print("next: hf-e5 filter DIR --test_sets " + " ".join(map(str, args.test_sets)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..errors import InputError
-from .languages import load_languages
+from ..languages import load_languages
 
 
 # Shorter texts (terms, names, labels) are not judged: "expressio unius est exclusio alterius" is a good English query.

@@ -1,7 +1,7 @@
 """The filters that look at one record: pure functions from a record to the reason why it is dropped, or None.
 
 They run in the order of `FILTERS`, and the first that objects names the record's fate. Filters that need all records
-(duplicates) or a model (negatives that beat the positive) follow in `filtering.py`.
+(duplicates) or a model (negatives that beat the positive) follow in `run.py`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def wrong_language(record: Record, settings: FilterSettings) -> str | None:
 
 
 def meta_talk(record: Record, settings: FilterSettings) -> str | None:
-    """No text in which the model talks about its answer (data/meta_talk.txt)."""
+    """No text in which the model talks about its answer (resources/meta_talk.txt)."""
     for name in TEXT_FIELDS:
         text = (record.get(name) or "").lower()
         for phrase, pattern in _meta_phrases():
@@ -206,6 +206,6 @@ def _fold(text: str) -> str:
 @cache
 def _meta_phrases() -> list[tuple[str, re.Pattern[str] | None]]:
     """Return (phrase, pattern): the plain phrase is a hundred times cheaper to look for, so it goes first."""
-    lines = (files(__package__) / "data" / "meta_talk.txt").read_text(encoding="utf-8").splitlines()
+    lines = (files(__package__) / "resources" / "meta_talk.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.partition("\t") for line in lines if line and not line.startswith("#")]
     return [(phrase, re.compile(pattern) if pattern else None) for phrase, _, pattern in rows]

@@ -1,4 +1,4 @@
-"""`hf-e5 filter DIR`: part the records of a run into those to keep and those to drop.
+"""Part the records of a run into those to keep and those to drop.
 
     DIR/records.jsonl   what the model wrote; never changed
     DIR/kept.jsonl      the records that passed, byte for byte
@@ -12,7 +12,6 @@ In between only what the duplicates need is kept (0.4 kB a record), so that memo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,14 +26,12 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_file
-from .contamination import TestSets
-from .dedup import NUM_PERM, DuplicateIndex, exact_key, signature
-from .embedding_check import DEFAULT_MARGIN, Margins, check_margins
-from .filters import FILTERS, FilterSettings, judge
+from ..records import DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE
+from .duplicates import NUM_PERM, DuplicateIndex, exact_key, signature
+from .margins import DEFAULT_MARGIN, Margins, check_margins
+from .record_filters import FILTERS, FilterSettings, judge
 
 
-RECORDS_FILE, KEPT_FILE, DROPPED_FILE = "records.jsonl", "kept.jsonl", "dropped.jsonl"
-SUMMARY_FILE, MARGINS_FILE = "filters.json", "margins.tsv"
 NEAR_DUPLICATE_THRESHOLD = 0.8
 FILTER_NAMES = (*FILTERS, "exact_duplicate", "near_duplicate", "weak_negative")
 # All but the one that the others rely on.
@@ -224,7 +221,7 @@ def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary
     """Write all files, and put them in place together at the end."""
     source = directory / RECORDS_FILE
     with ExitStack() as stack:  # puts the summary in place last: it stands for a complete set of files
-        summary_file = stack.enter_context(whole_file(directory / SUMMARY_FILE, "w"))
+        summary_file = stack.enter_context(whole_file(directory / FILTERS_FILE, "w"))
         kept = stack.enter_context(whole_file(directory / KEPT_FILE))
         # Half of a surrogate pair has no UTF-8 form; "backslashreplace" writes it as JSON's own escape.
         dropped = stack.enter_context(whole_file(directory / DROPPED_FILE, "w", errors="backslashreplace"))
@@ -247,50 +244,3 @@ def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary
         summary_file.write(json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n")
     if not margins:
         (directory / MARGINS_FILE).unlink(missing_ok=True)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run, with records.jsonl")
-    parser.add_argument("--against", metavar="FILE", nargs="+", default=[], help="records of earlier runs")
-    parser.add_argument(
-        "--test_sets",
-        metavar="PATH",
-        nargs="+",
-        default=[],
-        help="files or folders of texts that training must not see",
-    )
-    parser.add_argument("--near_duplicate_threshold", type=float, default=NEAR_DUPLICATE_THRESHOLD)
-    parser.add_argument("--embedding_model", metavar="NAME", help="SentenceTransformer that checks the negatives")
-    parser.add_argument(
-        "--margin", type=float, default=DEFAULT_MARGIN, help="cosine by which a positive must beat its negative"
-    )
-    parser.add_argument(
-        "--skip", nargs="+", default=[], metavar="FILTER", help=f"any of {', '.join(OPTIONAL_FILTERS)}"
-    )
-    parser.add_argument("--num_proc", type=int, help="processes (default: one per CPU core)")
-
-
-def run(args: argparse.Namespace) -> None:
-    model = None
-    if args.embedding_model:
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            model = SentenceTransformer(args.embedding_model)
-        except OSError as error:
-            raise InputError(f"--embedding_model {args.embedding_model}: {str(error).splitlines()[0]}") from None
-    summary = filter_records(
-        args.directory,
-        settings=FilterSettings(test_sets=TestSets.from_files(args.test_sets) if args.test_sets else None),
-        against=args.against,
-        near_duplicate_threshold=args.near_duplicate_threshold,
-        embedding_model=model,
-        margin=args.margin,
-        skip=args.skip,
-        num_proc=args.num_proc,
-    )
-    for name, count in summary.dropped.items():
-        print(f"{name:26}{count:>10,}")
-    print(f"{'kept':26}{summary.kept:>10,} of {summary.records:,}")
-    print(f"wrote {KEPT_FILE}, {DROPPED_FILE} and {SUMMARY_FILE} to {args.directory}")
-    print(f"next: hf-e5 report {args.directory}, then hf-e5 build {args.directory / KEPT_FILE} OUT")

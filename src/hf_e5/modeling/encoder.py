@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..instructions import format_query
 from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
-from .micro_batches import forward_batches
-from .packed import pack_forward
-from .packing import Pack
+from .packed.decoder import pack_forward
+from .packed.layout import Pack
+from .packed.micro_batches import forward_batches
 from .pooling import POOLINGS, pool
 from .tokenizer import load_tokenizer, tokenize
 

@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any
 
 from ..errors import InputError
-from .languages import load_languages
+from ..languages import load_languages
 
 
 # As many languages as the paper names; the rest is one slice.

@@ -15,8 +15,8 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import InputError
-from .languages import load_languages
-from .store import RECORD_COLUMNS
+from ..languages import load_languages
+from ..records import RECORD_COLUMNS
 
 
 COLUMNS = (*RECORD_COLUMNS, "dropped_by", "reason", "line")
@@ -56,7 +56,7 @@ def render_page(
     except ImportError:
         raise InputError("the report page needs jinja2: pip install hf-e5[synthesis]") from None
     environment = Environment(
-        loader=PackageLoader("hf_e5.synthesis"),
+        loader=PackageLoader("hf_e5.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -77,7 +77,7 @@ def render_page(
 
 
 def _asset(name: str) -> str:
-    return (files(__package__) / "templates" / name).read_text(encoding="utf-8")
+    return (files(__package__) / "assets" / name).read_text(encoding="utf-8")
 
 
 def _embed(records: Iterable[Mapping[str, Any]]) -> str:

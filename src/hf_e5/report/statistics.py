@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .dedup import text_key
-from .filters import TEXT_FIELDS, UNSPACED_SCRIPTS, WORD_CHARACTERS, FilterSettings, schema
-from .usage import Usage
+from ..filters.duplicates import text_key
+from ..filters.record_filters import TEXT_FIELDS, UNSPACED_SCRIPTS, WORD_CHARACTERS, FilterSettings, schema
+from ..synthesis.usage import Usage
 
 
 # Distinct-n falls as texts are added, so it is taken on samples of one size, of which results can be compared.

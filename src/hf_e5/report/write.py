@@ -1,4 +1,4 @@
-"""`hf-e5 report DIR`: describe the records of a synthesis run and make them browsable.
+"""Describe the records of a synthesis run and make them browsable.
 
     DIR/report/index.html               one self-contained page: overview, and records to browse, filter and search
     DIR/report/figure2.png, figure2.svg shares of task types and languages (paper, figure 2)
@@ -9,9 +9,7 @@ Where the filters ran (`hf-e5 filter`), the figures are those of the kept record
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,14 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_folder
+from ..filters.run import read_rows
+from ..languages import load_languages
+from ..records import ANSWERS_FILE, DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE
 from .figures import plot_shares
-from .filtering import DROPPED_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE, SUMMARY_FILE, read_rows
-from .html_report import Table, render_page
-from .languages import load_languages
+from .page import Table, render_page
 from .statistics import Sample, Statistics, read_margins, read_usage
 
 
-ANSWERS_FILE = "answers.jsonl"
 # Lists the files of a report: only a folder that has it, and no other files, is replaced.
 MARKER_FILE = ".hf-e5-report"
 # Rows that the page carries: about 30 MB of text, which a browser opens in about a second.
@@ -49,7 +47,7 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
     """
     directory = Path(directory)
     out = Path(out) if out else directory / "report"
-    filtered = (directory / KEPT_FILE).is_file() and (directory / SUMMARY_FILE).is_file()
+    filtered = (directory / KEPT_FILE).is_file() and (directory / FILTERS_FILE).is_file()
     source = directory / (KEPT_FILE if filtered else RECORDS_FILE)
     if not source.is_file():
         raise InputError(f"{source}: no such file; DIR is the folder that hf-e5 synthesize wrote")
@@ -75,7 +73,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
 
     report: dict[str, Any] = statistics.to_dict()
     if filtered:
-        report["filters"] = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        report["filters"] = json.loads((directory / FILTERS_FILE).read_text(encoding="utf-8"))
         report["dropped_by_task_type"] = _nested(losses)
     report["near_duplicate_rate"] = _near_duplicate_rate(report.get("filters"))
     report["margins"] = read_margins(directory / MARGINS_FILE)
@@ -84,7 +82,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
     _, svg = plot_shares(statistics.task_types, statistics.languages, folder / "figure2")
     page = render_page(
         title=f"{directory.resolve().name}: synthetic records",
-        tiles=_tiles(report),
+        tiles=headline_figures(report),
         notes=_notes(kept, dropped, directory, filtered),
         tables=_tables(report),
         figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
@@ -115,7 +113,8 @@ def _nested(losses: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return nested
 
 
-def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
+def headline_figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the report's main figures as (label, value) pairs."""
     tiles = [("records", f"{report['records']:,}")]
     if "filters" in report:
         total = report["filters"]["records"]
@@ -137,13 +136,14 @@ def _notes(kept: Sample, dropped: Sample, directory: Path, filtered: bool) -> li
         )
     if not filtered:
         notes.append(f"The filters have not run: hf-e5 filter {directory}")
-    elif _is_stale(directory):
+    elif is_stale(directory):
         notes.append(f"records.jsonl has changed since the filters ran: hf-e5 filter {directory}")
     return notes
 
 
-def _is_stale(directory: Path) -> bool:
-    records, summary = directory / RECORDS_FILE, directory / SUMMARY_FILE
+def is_stale(directory: Path) -> bool:
+    """Tell whether the records of a run changed after its filters ran."""
+    records, summary = directory / RECORDS_FILE, directory / FILTERS_FILE
     return records.is_file() and records.stat().st_mtime > summary.stat().st_mtime
 
 
@@ -211,30 +211,3 @@ def _usage_table(usage: dict[str, Any]) -> Table:
 
 def _usd(value: float | None) -> str:
     return "no price" if value is None else f"USD {value:,.2f}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a synthesis run")
-    parser.add_argument("--output", metavar="OUT", type=Path, help="folder of the report (default: DIR/report)")
-    parser.add_argument(
-        "--max_rows", type=int, default=MAX_ROWS, help="most records on the page (default: %(default)s)"
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.max_rows < 1:
-        raise InputError(f"--max_rows {args.max_rows}: must be at least 1")
-    report = write_report(args.directory, args.output, args.max_rows)
-    out = args.output or args.directory / "report"
-    for label, value in _tiles(report):
-        print(f"{label:26}{value:>12}")
-    for name in ("task_types", "languages"):
-        largest = list(report[name].items())[:6]
-        print(f"{name:26}" + ", ".join(f"{key} {count / report['records']:.1%}" for key, count in largest))
-    print(f"wrote {out / 'index.html'}, figure2.png, figure2.svg and report.json")
-    if "filters" not in report:
-        print(f"next: hf-e5 filter {args.directory}")
-        return
-    if _is_stale(args.directory):
-        print(f"records.jsonl has changed since the filters ran: hf-e5 filter {args.directory}", file=sys.stderr)
-    print(f"next: hf-e5 build {args.directory / KEPT_FILE} OUT")

@@ -21,8 +21,8 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from ..errors import InputError
+from .capabilities import LADDER, Call, Dialect
 from .config import SynthesisConfig
-from .dialect import LADDER, Call, Dialect
 from .parsing import ParseError, parse_answer
 from .taxonomy import Text
 

@@ -15,8 +15,8 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InputError
+from ..languages import language_name, load_languages
 from ..shipped_recipes import config_path
-from .languages import language_name, load_languages
 from .taxonomy import TaskType, builtin_task_types, weighted
 
 
@@ -36,7 +36,7 @@ class SynthesisConfig(BaseModel):
         max_answer_tokens: a longer answer is cut by the server and counts as a failure.
         answer_attempts: answers asked for one example before it counts as failed.
         timeout: seconds to wait for one answer.
-        prices: USD per million input and output tokens by model name, before those of `data/prices.tsv`.
+        prices: USD per million input and output tokens by model name, before those of `resources/prices.tsv`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -71,7 +71,7 @@ class SynthesisConfig(BaseModel):
         languages = self.languages or {language.code: language.share for language in load_languages().values()}
         domains = (
             self.domains
-            or files("hf_e5.synthesis").joinpath("data/domains.txt").read_text(encoding="utf-8").splitlines()
+            or files("hf_e5.synthesis").joinpath("resources/domains.txt").read_text(encoding="utf-8").splitlines()
         )
         filled = {
             "mixture": {name: weight for name, weight in mixture.items() if weight},
@@ -101,7 +101,7 @@ class SynthesisConfig(BaseModel):
     def templates(self) -> SandboxedEnvironment:
         """The templates: the user's beside the YAML file first, then the package's. Sandboxed: they are data."""
         own = [FileSystemLoader(self.template_folder)] if self.template_folder else []
-        loader = ChoiceLoader([*own, PackageLoader("hf_e5.synthesis", "templates")])
+        loader = ChoiceLoader([*own, PackageLoader("hf_e5.synthesis", "prompts")])
         return SandboxedEnvironment(loader=loader, undefined=StrictUndefined, trim_blocks=True, autoescape=False)
 
     @property

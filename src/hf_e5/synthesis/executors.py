@@ -1,7 +1,8 @@
-"""Answers through the OpenAI Batch API: half the price, within a day.
+"""The executors turn a stream of requests into answers: one by one, or through the OpenAI Batch API.
 
-Requests are uploaded in files of up to `REQUESTS_PER_BATCH`, one model each, and collected when the server has worked
-them off; what failed goes into the next file. The run may be stopped while it waits: the next one collects.
+The Batch API takes half the price and up to a day. Requests are uploaded in files of up to `REQUESTS_PER_BATCH`, one
+model each, and collected when the server has worked them off; what failed goes into the next file. The run may be
+stopped while it waits: the next one collects.
 
 `batches.jsonl` in the folder says which batches are under way: one line when a batch is about to be made, one when the
 server has taken it, one when its answers are in the store. The requests of an open batch lie in `batches/NAME.jsonl`.
@@ -24,15 +25,59 @@ from openai.types.chat import ChatCompletion
 
 from ..errors import InputError
 from .client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
-from .job import Job
 from .plan import Request
+from .run import Job
 from .store import read_rows
 
 
+_PAUSE = 0.05  # seconds between two looks for a request that waits for answers under way
 REQUESTS_PER_BATCH = 10_000  # OpenAI takes 50,000 and 200 MB; smaller files keep memory flat
 MAX_OPEN_BATCHES = 20
 _FINISHED = {"completed", "expired", "cancelled", "failed"}
 _NAME_KEY = "hf_e5_batch"
+
+
+class OnlineExecutor:
+    """Works off requests with at most `concurrency` of them under way."""
+
+    def __init__(self, job: Job, client: ChatClient, concurrency: int) -> None:
+        self.job = job
+        self.client = client
+        self.concurrency = concurrency
+
+    async def work_off(self, requests: Iterator[Request | None]) -> None:
+        """Answer every request of the stream (`Job.requests`)."""
+        workers = [asyncio.create_task(self._work(requests)) for _ in range(self.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        except Exception as error:
+            self.job.budget.stop(str(error), failed=True)
+            # The others bring home what is paid for.
+            await asyncio.gather(*workers, return_exceptions=True)
+            raise
+
+    async def _work(self, requests: Iterator[Request | None]) -> None:
+        # All workers draw from one iterator: nothing is queued, whatever the size of the plan.
+        for request in requests:
+            if request is None:
+                await asyncio.sleep(_PAUSE)
+            else:
+                await self._answer(request)
+
+    async def _answer(self, request: Request) -> None:
+        """Ask until the request is done, or the budget closes."""
+        attempt, last = self.job.attempts(request)
+        done = False
+        while not done and await self.job.budget.has_room():
+            call = self.job.call(request, attempt)
+            expected = sum(call.expected_tokens), self.job.expected_usd(call)
+            self.job.budget.start(*expected)
+            try:
+                answer = await self.client.ask(call)
+                done = await self.job.keep(request, attempt, last, answer)
+            finally:
+                self.job.budget.finish(*expected)
+            attempt += 1
 
 
 @dataclass

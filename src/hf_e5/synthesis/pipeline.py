@@ -15,15 +15,13 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..files import whole_file
-from .batch import BatchExecutor
-from .budget import Budget
+from .capabilities import Dialect
 from .client import ChatClient, Unavailable
 from .config import SynthesisConfig, load_config
-from .dialect import Dialect
-from .job import Job
-from .online import OnlineExecutor
+from .cost import BATCH_DISCOUNT, Budget, find_price
+from .executors import BatchExecutor, OnlineExecutor
 from .plan import Plan
-from .prices import BATCH_DISCOUNT, find_price
+from .run import Job
 from .store import AnswerStore
 
 

@@ -34,27 +34,13 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import whole_file
+from ..records import ANSWERS_FILE, FAILURES_FILE, RECORDS_FILE, RUN_FILE
 
 
 try:
     import fcntl
 except ImportError:  # Windows: no guard against two runs in one folder
     fcntl = None  # type: ignore[assignment]
-
-LOG_NAME, RECORDS_NAME, FAILURES_NAME = "answers.jsonl", "records.jsonl", "failures.jsonl"
-RUN_NAME = "run.json"
-RECORD_COLUMNS = (
-    "id",
-    "task_type",
-    "language",
-    "document_language",
-    "instruction",
-    "query",
-    "positive",
-    "negative",
-    "placeholders",
-    "model",
-)
 
 
 class _Waiting(NamedTuple):
@@ -88,15 +74,15 @@ class AnswerStore:
         self.usd = 0.0
         self._waiting: list[_Waiting] = []
         self._flusher: asyncio.Task[None] | None = None
-        self._log = open(self.folder / LOG_NAME, "a+b")
+        self._log = open(self.folder / ANSWERS_FILE, "a+b")
         try:
             self._lock()
             self._check_identity(identity)
-            _repair_tail(self.folder / LOG_NAME)
-            for row in read_rows(self.folder / LOG_NAME):
+            _repair_tail(self.folder / ANSWERS_FILE)
+            for row in read_rows(self.folder / ANSWERS_FILE):
                 self._count(row)
             self.write_views()
-            self._views = [open(self.folder / name, "ab") for name in (RECORDS_NAME, FAILURES_NAME)]
+            self._views = [open(self.folder / name, "ab") for name in (RECORDS_FILE, FAILURES_FILE)]
         except BaseException:
             self._log.close()
             raise
@@ -170,8 +156,8 @@ class AnswerStore:
 
     def write_views(self) -> None:
         """Write `records.jsonl` and `failures.jsonl` anew from the log, each at once."""
-        with whole_file(self.folder / RECORDS_NAME) as records, whole_file(self.folder / FAILURES_NAME) as failures:
-            for row in read_rows(self.folder / LOG_NAME):
+        with whole_file(self.folder / RECORDS_FILE) as records, whole_file(self.folder / FAILURES_FILE) as failures:
+            for row in read_rows(self.folder / ANSWERS_FILE):
                 if row.get("record"):
                     records.write(_line(row["record"]))
                 elif row["error"] and row["final"] and self._is_last(row):
@@ -200,7 +186,7 @@ class AnswerStore:
                 raise InputError(f"{self.folder}: another run is writing here; use another --output") from None
 
     def _check_identity(self, identity: dict[str, Any] | None) -> None:
-        path = self.folder / RUN_NAME
+        path = self.folder / RUN_FILE
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             if identity and (changed := [key for key in identity if identity[key] != before.get(key)]):

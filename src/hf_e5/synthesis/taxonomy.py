@@ -1,7 +1,7 @@
 """What can be generated: task types, their placeholders and the shape of an answer (paper, section 3.1, appendix C).
 
-The six types of the paper are data (`data/task_types.yaml`); a configuration overrides them or adds its own in the
-same words.
+The six types of the paper are data (`resources/task_types.yaml`); a configuration overrides them or adds its own in
+the same words.
 """
 
 from __future__ import annotations
@@ -101,5 +101,5 @@ def answer_schema(model: type[BaseModel]) -> dict[str, Any]:
 @cache
 def builtin_task_types() -> dict[str, Any]:
     """Return the paper's six task types as plain data, by name."""
-    text = files("hf_e5.synthesis").joinpath("data/task_types.yaml").read_text(encoding="utf-8")
+    text = files("hf_e5.synthesis").joinpath("resources/task_types.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

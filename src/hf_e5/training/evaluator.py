@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..metrics import MRR, NDCG, Accuracy
+from ..metrics.ranking import MRR, NDCG, Accuracy
 from ..modeling.encoder import E5Model
-from ..modeling.micro_batches import forward_batches
+from ..modeling.packed.micro_batches import forward_batches
 from .losses import info_nce
 
 

@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 from ..modeling.encoder import E5Model
-from ..modeling.micro_batches import MicroBatch, make_micro_batches
-from ..modeling.packed import packed_attention_of
-from ..modeling.packing import Pack
+from ..modeling.packed.decoder import packed_attention_of
+from ..modeling.packed.layout import Pack
+from ..modeling.packed.micro_batches import MicroBatch, make_micro_batches
 from .memory import free_memory, graph_bytes
 from .objective import ContrastiveObjective
 

@@ -31,11 +31,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..errors import InputError
-from ..files import whole_file
-from ..instructions import format_query
-from .mixture import Row, open_source, read_rows, row_instruction
-from .mixture_config import DEFAULT_SEED, Source
+from ...errors import InputError
+from ...files import whole_file
+from ...instructions import format_query
+from ..mixture import Row, open_source, read_rows, row_instruction
+from ..mixture_config import DEFAULT_SEED, Source
 from .search import exact_search
 from .selection import Selection
 from .text_blocks import BLOCK, TextReader, TextWriter, normalize

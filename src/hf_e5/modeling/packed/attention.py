@@ -1,4 +1,4 @@
-"""Causal attention over a pack (`packing.py`): memory linear in the tokens, no mask tensor, no work across texts.
+"""Causal attention over a pack (`layout.py`): memory linear in the tokens, no mask tensor, no work across texts.
 
 On CUDA in half precision it is torch's variable-length flash attention. Elsewhere it is plain matrix products over
 groups of like length, which torch's own CPU kernel does not come near in the backward pass.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .packing import BLOCK, Group, Pack
+from .layout import BLOCK, Group, Pack
 
 
 NAME = "hf_e5_packed"

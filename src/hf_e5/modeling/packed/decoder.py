@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..backbone import is_checkpointing
+from ..pooling import pool
 from .attention import NAME, packed_attention, register
-from .backbone import is_checkpointing
-from .elementwise import rotate
-from .lora import Projection, has_hooks, linear_residual, norm_linear, swiglu_linear_residual
-from .packing import Pack
-from .pooling import pool
+from .fused_lora import Projection, has_hooks, linear_residual, norm_linear, swiglu_linear_residual
+from .fused_ops import rotate
+from .layout import Pack
 
 
 # Decoders with plain causal attention whose forward hands keyword arguments down to the attention function.

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from .fused_ops import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .packed import supports_packing
-from .packing import Pack, make_packs
+from .decoder import supports_packing
+from .layout import Pack, make_packs
 
 
 if TYPE_CHECKING:
-    from .encoder import E5Model
+    from ..encoder import E5Model
 
 # Token budget of a forward pass of texts that are only embedded.
 FORWARD_TOKENS = 8192

@@ -1,0 +1,1 @@
+"""Mining: rows get hard negatives from a miner model."""

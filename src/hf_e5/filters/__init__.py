@@ -1,0 +1,1 @@
+"""Filters: records are kept or dropped."""
