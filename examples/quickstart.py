@@ -13,12 +13,16 @@ prepare_process()  # before anything imports torch
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+
+
+os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: a line a stage, not the libraries' progress bars
 
 import datasets
 import torch
@@ -46,8 +50,6 @@ ROWS_PER_TYPE = 24  # of the test split, so that evaluation leaves most of the t
 
 
 def main(started: float) -> None:
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     dtype = fastest_dtype()
 
