@@ -87,7 +87,7 @@ def main(started: float) -> None:
         f"\nDone in {(time.time() - started) / 60:.1f} minutes. What to type next:\n"
         f"""  .venv/bin/python -c 'from sentence_transformers import SentenceTransformer as S; m = S("{MODEL}"); """
         """print(m.similarity(m.encode_query(["your question"]), m.encode_document(["your text", "another"])))'\n"""
-        "  .venv/bin/hf-e5 train --help                    # your own data: docs/how-to/own_data.md\n"
+        "  .venv/bin/hf-e5 train --help                    # your own data: docs/howto/own_data.md\n"
         f"  .venv/bin/hf-e5 push {MODEL} USER/NAME"
     )
 
