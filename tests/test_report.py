@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,8 @@ from hf_e5.data.provenance import read_provenance
 from hf_e5.errors import InputError
 from hf_e5.filters.record_filters import FILTERS
 from hf_e5.filters.run import filter_records
+from hf_e5.languages import load_languages
+from hf_e5.report.figures import plot_shares
 from hf_e5.report.statistics import Sample, distinct_ngrams, read_usage
 from hf_e5.report.write import write_report
 
@@ -110,6 +113,39 @@ def test_report_of_filtered_records(tmp_path, sample_rows):
     assert "exact_duplicate" in page.cells and "USD 0.60" in page.cells
     # self-contained: nothing but jumps within the page and within its figure
     assert all(link.startswith("#") for link in page.links)
+
+
+BLUE, GREY, ORANGE = (0x00, 0x72, 0xB2), (0xB8, 0xBE, 0xC6), (0xD5, 0x5E, 0x00)
+
+
+def pixels(path: Path, side: int, color: tuple[int, int, int]) -> np.ndarray:
+    """Where one half of the figure, 0 (task types) or 1 (languages), has exactly this colour."""
+    with Image.open(path) as image:
+        return (np.array_split(np.asarray(image.convert("RGB")), 2, axis=1)[side] == color).all(axis=-1)
+
+
+def test_bars_are_as_long_as_their_shares_whatever_their_names(tmp_path):
+    path, _ = plot_shares({"$a_{": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
+    widths = set(pixels(path, 0, BLUE).sum(axis=1).tolist()) - {0}
+    assert abs(max(widths) - 3 * min(widths)) <= 4  # edges that fall within a pixel
+    assert not any(pixels(path, side, color).any() for side in (0, 1) for color in (GREY, ORANGE))
+
+
+def test_marks_are_at_the_shares_of_the_paper(tmp_path):
+    path, _ = plot_shares({"short_long": 5, "sts": 5}, {"en": 1}, tmp_path / "figure")
+    columns = np.flatnonzero(pixels(path, 0, BLUE).any(axis=0))
+    mark = next(np.flatnonzero(row) for row in pixels(path, 0, ORANGE) if row.any())
+    share = 0.5 * (mark.mean() - columns[0]) / (columns[-1] - columns[0])
+    assert share == pytest.approx(167 / 507, abs=0.005)
+
+
+def test_languages_beyond_the_first_14_are_one_bar(tmp_path):
+    languages = dict.fromkeys(list(load_languages())[:14], 9) | {"xx": 4, "yy": 5}
+    path, _ = plot_shares({"own": 1}, languages, tmp_path / "figure")
+    bars = {color: pixels(path, 1, color).sum(axis=1) for color in (BLUE, GREY)}
+    assert abs(int(bars[BLUE].max()) - int(bars[GREY].max())) <= 2
+    starts = {color: int((np.diff(rows > 0) & (rows[1:] > 0)).sum()) for color, rows in bars.items()}
+    assert starts == {BLUE: 14, GREY: 1}
 
 
 def test_figure_2(tmp_path, sample_rows):
