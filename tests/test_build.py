@@ -21,7 +21,7 @@ from hf_e5.cli import main
 from hf_e5.data.build import build_dataset
 from hf_e5.errors import InputError
 from hf_e5.instructions import TASK_TYPES
-from hf_e5.records import folded, split_of
+from hf_e5.records import fold, split_of
 
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"
@@ -94,7 +94,7 @@ def test_no_instruction_is_in_both_splits(loaded):
     for split in ("train", "test"):
         asymmetric = [row for row in splits[split] if row["task_type"] not in ("sts", "bitext")]
         symmetric = [row for row in splits[split] if row["task_type"] in ("sts", "bitext")]
-        seen[split] = {folded(row["instruction"]) for row in asymmetric} | {folded(row["query"]) for row in symmetric}
+        seen[split] = {fold(row["instruction"]) for row in asymmetric} | {fold(row["query"]) for row in symmetric}
         assert {row["task_type"] for row in symmetric} == {"sts", "bitext"}
     assert not seen["train"] & seen["test"]
     share = len(seen["test"]) / len(seen["train"] | seen["test"])
@@ -213,14 +213,14 @@ def test_given_splits_are_kept(records, tmp_path):
 
 def test_build_parses_a_record_once_to_part_it_and_once_to_write_it(records, tmp_path, monkeypatch):
     parsed = Counter()
-    parse = hf_e5.records._parse
+    parse = hf_e5.records.parse_line
 
-    def count(line, place):
-        record = parse(line, place)
+    def count(line):
+        record, problem = parse(line)
         parsed[record["id"]] += 1
-        return record
+        return record, problem
 
-    monkeypatch.setattr("hf_e5.records._parse", count)
+    monkeypatch.setattr("hf_e5.records.parse_line", count)
     build_dataset([write(tmp_path / "r.jsonl", records[:300])], tmp_path / "out", test_size=0.5)
     parts = len(list((tmp_path / "out").rglob("*.parquet")))
     # One more of the first record of each part, as a part must not be empty.

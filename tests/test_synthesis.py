@@ -19,12 +19,11 @@ from llmock.routers import batch as llmock_batch
 import hf_e5
 from hf_e5 import cli
 from hf_e5.errors import InputError
-from hf_e5.records import RECORD_COLUMNS
+from hf_e5.records import RECORD_COLUMNS, read_rows
 from hf_e5.synthesis import client as client_module
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.executors import BatchExecutor
 from hf_e5.synthesis.plan import Plan
-from hf_e5.synthesis.store import read_rows
 
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"

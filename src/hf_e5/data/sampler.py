@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from ..errors import InputError
+from ..records import stable_hash
 
 
 # Duplicates are repaired by swapping rows between batches, in rounds. The bounds only matter for data where duplicates
@@ -51,7 +51,7 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
         rows = [[q, p, *_as_list(n)] for q, p, n in zip(batch["query"], batch["positive"], negatives, strict=True)]
         hashes = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
         for i, row in enumerate(rows):
-            hashes[i, : len(row)] = [_hash(text) for text in row]
+            hashes[i, : len(row)] = [stable_hash(text) >> 1 for text in row]
         batches.append(hashes)
     width = max((batch.shape[1] for batch in batches), default=2)
     return np.concatenate(
@@ -62,11 +62,6 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
 
 def _as_list(negative: str | list[str] | None) -> list[str]:
     return [negative] if isinstance(negative, str) else negative or []
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class TaskBatchSampler(Sampler[list[int]]):

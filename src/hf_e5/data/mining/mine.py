@@ -34,11 +34,12 @@ from tqdm.auto import tqdm
 from ...errors import InputError
 from ...files import whole_file
 from ...instructions import format_query
+from ...records import text_key
 from ..mixture import Row, open_source, read_rows, row_instruction
 from ..mixture_config import DEFAULT_SEED, Source
 from .search import exact_search
 from .selection import Selection
-from .text_blocks import BLOCK, TextReader, TextWriter, normalize
+from .text_blocks import BLOCK, TextReader, TextWriter
 
 
 if TYPE_CHECKING:
@@ -149,34 +150,34 @@ def _prepare(
     `positive_starts[i]` to `positive_starts[i + 1]`; and the pairs that no search may return, sorted by query:
     `excluded_queries`, `excluded_documents` [E].
     """
-    queries, documents = TextWriter(work / "query.arrow"), TextWriter(work / "document.arrow")
     query_of_row, group_of_query = array("q"), array("q")  # a group: the same query, whatever its instruction
     positives, negatives, positive_starts, negative_starts = array("q"), array("q"), array("q", [0]), array("q", [0])
     groups: dict[int, int] = {}
     pairs_group, pairs_document = array("q"), array("q")
-    for number, row in _read(dataset, rows, source, "Reading"):
-        if problem := row.error():
-            raise InputError(f"dataset {source.name!r}, row {number}, field {problem[0]!r}: {problem[1]}")
-        text = format_query(row.query, row_instruction(source, row, number)) if use_instructions else row.query
-        query = queries.add(text, text)
-        query_of_row.append(query)
-        group = groups.setdefault(normalize(row.query), len(groups))
-        if query == len(group_of_query):
-            group_of_query.append(group)
-        positives.extend([documents.add(normalize(text), text) for text in row.positives])
-        negatives.extend([documents.add(normalize(text), text) for text in row.negatives])
-        positive_starts.append(len(positives))
-        negative_starts.append(len(negatives))
-        new = positives[positive_starts[-2] :]
-        pairs_group.extend([group] * len(new))
-        pairs_document.extend(new)
-    for text in corpus:
-        documents.add(normalize(text), text)
+    with TextWriter.open(work / "query.arrow") as queries, TextWriter.open(work / "document.arrow") as documents:
+        for number, row in _read(dataset, rows, source, "Reading"):
+            if problem := row.error():
+                raise InputError(f"dataset {source.name!r}, row {number}, field {problem[0]!r}: {problem[1]}")
+            text = format_query(row.query, row_instruction(source, row, number)) if use_instructions else row.query
+            query = queries.add(text, text)
+            query_of_row.append(query)
+            group = groups.setdefault(text_key(row.query), len(groups))
+            if query == len(group_of_query):
+                group_of_query.append(group)
+            positives.extend([documents.add(text_key(text), text) for text in row.positives])
+            negatives.extend([documents.add(text_key(text), text) for text in row.negatives])
+            positive_starts.append(len(positives))
+            negative_starts.append(len(negatives))
+            new = positives[positive_starts[-2] :]
+            pairs_group.extend([group] * len(new))
+            pairs_document.extend(new)
+        for text in corpus:
+            documents.add(text_key(text), text)
     for key, group in groups.items():  # a query is no negative of itself
         if key in documents.numbers:
             pairs_group.append(group)
             pairs_document.append(documents.numbers[key])
-    settings |= {"queries": queries.close(), "documents": documents.close()}
+    settings |= {"queries": queries.digest(), "documents": documents.digest()}
 
     pairs = np.unique(np.stack([np.array(pairs_group), np.array(pairs_document)]), axis=1)
     group_of = np.array(group_of_query)
