@@ -114,7 +114,12 @@ class ContrastiveStep:
         budget = self.args.mini_batch_num_tokens
         prefix_lengths = batch["prefix_lengths"].cpu()
         cut = partial(
-            make_micro_batches, self.encoder, batch["input_ids"], batch["lengths"], prefix_lengths=prefix_lengths
+            make_micro_batches,
+            self.encoder.backbone,
+            batch["input_ids"],
+            batch["lengths"],
+            pooling=self.encoder.pooling,
+            prefix_lengths=prefix_lengths,
         )
         micro_batches = list(cut(max_tokens=budget))
         if self._keep_tokens is None:
