@@ -131,7 +131,8 @@ def _validate_source(
                 progress.update()
                 with_negatives += bool(row.negatives)
                 if problem := row.error():
-                    report.add(number, *problem, is_error=not (source.drop_empty and problem[1] == "no text"))
+                    is_dropped = problem.is_empty and source.drop_empty
+                    report.add(number, problem.role, problem.message, is_error=not is_dropped)
                     continue
                 _check_row(report, number, row, seen)
                 texts = {"query": [row.query], "positive": row.positives, "negative": row.negatives}

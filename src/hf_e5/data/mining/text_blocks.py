@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...records import folded, stable_hash
+
 
 BLOCK = 8192
 _SCHEMA = pa.schema([("text", pa.large_string())])
@@ -16,8 +18,7 @@ _SCHEMA = pa.schema([("text", pa.large_string())])
 
 def normalize(text: str) -> int:
     """Hash a text so that case and spacing do not count (63 bits, equal in every process)."""
-    folded = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little") >> 1
+    return stable_hash(folded(text)) >> 1
 
 
 class TextWriter:
@@ -36,7 +37,7 @@ class TextWriter:
         if number is None:
             number = self.numbers[key] = len(self.numbers)
             self._buffer.append(text)
-            self._digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            self._digest.update(text.encode() + b"\0")
             if len(self._buffer) == BLOCK:
                 self._flush()
         return number
@@ -46,7 +47,7 @@ class TextWriter:
         if self._buffer:
             self._flush()
         self._writer.close()
-        os.replace(self._temporary, self._path)  # never under the feet of a process that has the old file mapped
+        os.replace(self._temporary, self._path)  # atomic: another process may have the old file mapped
         return self._digest.hexdigest()
 
     def _flush(self) -> None:
