@@ -9,10 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..config import beside, read_yaml
 from ..errors import InputError
-from ..shipped_recipes import beside
 
 
 ROLES = ("instruction", "query", "positive", "negative", "task_type")
@@ -130,18 +128,12 @@ def read_mixture(
     if isinstance(source, Mapping):
         where, mixture = "mixture", source
     elif str(source).endswith((".yaml", ".yml")):
-        where = os.path.abspath(source)
-        try:
-            mixture = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{where}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        where, mixture = os.path.abspath(source), read_yaml(source)
     else:
         return [Source.parse({"path": str(source), **single}, str(source))], DEFAULT_SEED
     if single:
         raise InputError(f"{where}: a mixture sets {next(iter(single))!r} for each of its datasets, not as a whole")
-    if not isinstance(mixture, Mapping) or not isinstance(mixture.get("datasets"), list) or not mixture["datasets"]:
+    if not isinstance(mixture.get("datasets"), list) or not mixture["datasets"]:
         raise InputError(f"{where}: expected 'datasets:' with a list of datasets")
     if unknown := set(mixture) - {"datasets", "seed"}:
         raise InputError(f"{where}: unknown key {sorted(map(str, unknown))[0]!r}; known: datasets, seed")
