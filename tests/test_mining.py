@@ -255,6 +255,32 @@ def test_command_writes_what_training_reads(data, tmp_path, capsys):
     one, two = load_mixture(tmp_path / "one.parquet"), load_mixture(tmp_path / "two.parquet")
     assert one.remove_columns("dataset").to_list() == two.remove_columns("dataset").to_list()
     assert len(one) == 41 and max(len(row["negative"]) for row in one) == 2
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_command_reads_a_dataset_of_a_mixture_with_its_columns(tmp_path, capsys):
+    """Columns by name, alternating instructions, rows without text left out; hyphens in flags are as good."""
+    rows = [{"q": f"What is {subject}?", "docs": [f"{subject} is this", f"{subject}!"]} for subject in SUBJECTS]
+    rows.insert(1, {"q": " ", "docs": ["left out"]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "columns: {query: q, positive: docs}, instruction: [A, B], drop_empty: true"
+    (tmp_path / "mixture.yaml").write_text(f"datasets: [{{path: rows.jsonl, {options}}}, {{path: other.jsonl}}]")
+    out = tmp_path / "out.jsonl"
+    command = ["mine", str(tmp_path / "mixture.yaml"), str(out), "--dataset", "rows", "--miner", MINER]
+    assert main([*command, "--num-negatives", "2", f"--work-dir={tmp_path / 'work'}"]) == 0
+    mined = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["query"] for row in mined] == [row["q"] for row in rows if row["q"] != " "]
+    assert [row["positive"] for row in mined] == [row["docs"] for row in rows if row["q"] != " "]
+    assert [row["instruction"] for row in mined] == ["A", *"ABABABABA"]  # by row number: the empty row 1 had B
+    printed = capsys.readouterr().out
+    scores = [score for row in mined for score in row["negative_scores"]]
+    positives = [row["positive_score"] for row in mined]
+    assert len(scores) == 20 and all(len(row["negative"]) == 2 for row in mined)
+    assert (
+        f"10 rows, 20 negatives mined (mean score {np.mean(scores):.3f}, positives {np.mean(positives):.3f})"
+        in printed
+    )
+    assert "0 rows have fewer than 2" in printed and (tmp_path / "work").is_dir()
 
 
 def test_wrong_input_is_named(data, tmp_path, capsys):

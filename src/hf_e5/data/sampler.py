@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from ..errors import InputError
 from ..records import stable_hash
+from .tokenization import as_texts
 
 
 # Duplicates are repaired by swapping rows between batches, in rounds. The bounds only matter for data where duplicates
@@ -48,7 +49,7 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=20_000):
         batch = table.to_pydict()
         negatives = batch.get("negative") or [[]] * table.num_rows
-        rows = [[q, p, *_as_list(n)] for q, p, n in zip(batch["query"], batch["positive"], negatives, strict=True)]
+        rows = [[q, p, *as_texts(n)] for q, p, n in zip(batch["query"], batch["positive"], negatives, strict=True)]
         hashes = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
         for i, row in enumerate(rows):
             hashes[i, : len(row)] = [stable_hash(text) >> 1 for text in row]
@@ -58,10 +59,6 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
         [np.pad(batch, ((0, 0), (0, width - batch.shape[1])), constant_values=-1) for batch in batches]
         or [np.empty((0, width), dtype=np.int64)]
     )
-
-
-def _as_list(negative: str | list[str] | None) -> list[str]:
-    return [negative] if isinstance(negative, str) else negative or []
 
 
 class TaskBatchSampler(Sampler[list[int]]):

@@ -159,6 +159,6 @@ def _check_row(report: SourceReport, number: int, row: Row, seen: dict[int, tupl
     for role, texts in (("query", [row.query]), ("positive", row.positives), ("negative", row.negatives)):
         if any("\ufffd" in text or "\x00" in text for text in texts):
             report.add(number, role, "broken characters (U+FFFD or NUL: read with the wrong encoding?)")
-    first, _ = seen.setdefault(hash((row.query, *row.positives)), (report.name, number))
-    if seen[hash((row.query, *row.positives))] != (report.name, number):
-        report.add(number, "query", f"query and positive as in another row of {first!r}")
+    first = seen.setdefault(hash((row.query, *row.positives)), (report.name, number))
+    if first != (report.name, number):
+        report.add(number, "query", f"query and positive as in another row of {first[0]!r}")
