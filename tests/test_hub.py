@@ -314,7 +314,7 @@ print(json.dumps(SentenceTransformer("user/model", device="cpu").encode_query(["
 
 def test_adapter_on_a_local_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(InputError, match="loads nowhere else; export with --merge"):
+    with pytest.raises(InputError, match="loads nowhere else; export it with `merge`"):
         detect_repo_type(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}))
     assert detect_repo_type(tmp_path) == "model"

@@ -9,11 +9,11 @@ import yaml
 
 from hf_e5 import E5TrainingArguments
 from hf_e5.cli import main
-from hf_e5.config import parse_config
+from hf_e5.config import beside, parse_config
 from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
 from hf_e5.errors import InputError
-from hf_e5.shipped_recipes import beside, list_recipes
+from hf_e5.shipped_recipes import list_recipes
 from hf_e5.synthesis.config import load_config
 from hf_e5.training.arguments import DataArguments, ModelArguments
 
