@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from step_reference import arguments, make_model, make_rows, reference, relative_error, run_step
 
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.errors import InputError
 from hf_e5.modeling.packed import decoder
 from hf_e5.training import gradcache
 from hf_e5.training.gradcache import ContrastiveStep
+from support.step_reference import arguments, make_model, make_rows, reference, relative_error, run_step
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from step_reference import arguments, flat_error, make_model, make_rows, reference, relative_error
 
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.training.gradcache import ContrastiveStep
+from support.step_reference import arguments, flat_error, make_model, make_rows, reference, relative_error
 
 
 def gradients(model, rows, *, scale=None, **options):
