@@ -110,8 +110,8 @@ def train(test_rows: list[dict], dtype: torch.dtype, started: float) -> dict[str
     BEFORE.write_text(json.dumps({name: asdict(result) for name, result in before.items()}), encoding="utf-8")
     evaluation_seconds = time.time() - since
 
-    # Export loads the model three times, in other forms; evaluation takes what it took now.
-    reserved = 3 * load_seconds + 1.5 * evaluation_seconds + 15
+    # What is still to come: export loads the model twice and encodes a few texts, evaluation takes what it took now.
+    reserved = 2 * load_seconds + 1.2 * evaluation_seconds + 15
     seconds = started + 60 * MINUTES - time.time() - reserved
     say(f"{max(seconds, 0):.0f} s are left for training: at most {training_args.max_steps} steps, as many as fit")
     fit = FitToTime(seconds)
