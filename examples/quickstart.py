@@ -84,10 +84,10 @@ def main(started: float) -> None:
     stage("5. Search", "")
     search(model)
     say(
-        f"\nDone in {(time.time() - started) / 60:.1f} minutes. What to type next:\n"
-        f"""  .venv/bin/python -c 'from sentence_transformers import SentenceTransformer as S; m = S("{MODEL}"); """
-        """print(m.similarity(m.encode_query(["your question"]), m.encode_document(["your text", "another"])))'\n"""
-        "  .venv/bin/hf-e5 train --help                    # your own data: docs/howto/own_data.md\n"
+        f"\nDone in {(time.time() - started) / 60:.1f} minutes. Load the model: SentenceTransformer('{MODEL}')\n"
+        "What to type next:\n"
+        f"  .venv/bin/hf-e5 verify {MODEL} --checkpoint {CHECKPOINT}\n"
+        "  .venv/bin/hf-e5 train --config smollm2_135m_cpu --dataset_name YOUR_ROWS.jsonl --output_dir outputs/mine\n"
         f"  .venv/bin/hf-e5 push {MODEL} USER/NAME"
     )
 
