@@ -87,7 +87,8 @@ def main(started: float) -> None:
         f"\nDone in {(time.time() - started) / 60:.1f} minutes. Load the model: SentenceTransformer('{MODEL}')\n"
         "What to type next:\n"
         f"  .venv/bin/hf-e5 verify {MODEL} --checkpoint {CHECKPOINT}\n"
-        "  .venv/bin/hf-e5 train --config smollm2_135m_cpu --dataset_name YOUR_ROWS.jsonl --output_dir outputs/mine\n"
+        "  .venv/bin/hf-e5 train --config smollm2_135m_cpu --model_name_or_path outputs/quickstart/model \\\n"
+        "      --dataset_name YOUR_ROWS.jsonl --output_dir outputs/mine\n"
         f"  .venv/bin/hf-e5 push {MODEL} USER/NAME"
     )
 
