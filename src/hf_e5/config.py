@@ -64,9 +64,12 @@ def parse_config(types: tuple[Any, ...], argv: list[str] | None = None, *, prog:
         # A required flag that the file gives is no longer required.
         for action in parser._actions:
             action.required = action.required and action.default in (None, dataclasses.MISSING)
-    *filled, unknown = parser.parse_args_into_dataclasses(
-        args=argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        *filled, unknown = parser.parse_args_into_dataclasses(
+            args=argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # of TrainingArguments: no bf16 on this device, say
+        raise InputError(" ".join(str(error).split())) from error
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise InputError(f"no option is called {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], flags)}")
