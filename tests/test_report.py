@@ -180,6 +180,23 @@ def test_text_of_a_model_cannot_leave_its_place(tmp_path, sample_rows):
     assert "sha256-" in source.split("</head>")[0]
 
 
+def test_a_dropped_record_of_the_wrong_types_is_shown_as_text(tmp_path, sample_rows):
+    odd = {
+        "id": "odd",
+        "task_type": ["a"],
+        "query": 5,
+        "positive": [{"b": None}],
+        "negative": False,
+        "language": {"c": 1},
+    }
+    write(tmp_path / "records.jsonl", [*sample_rows[:3], odd])
+    filter_records(tmp_path, num_proc=1)
+    assert write_report(tmp_path)["dropped_by_task_type"] == {"['a']": {"schema": 1}}
+    shown = Page(tmp_path / "report" / "index.html").rows()[-1]
+    texts = {"id": "odd", "task_type": '["a"]', "query": "5", "positive": '[{"b": null}]', "language": '{"c": 1}'}
+    assert {name: shown[name] for name in texts} == texts
+
+
 def test_a_large_run_is_shown_as_a_sample(tmp_path, sample_rows):
     rows = [{**row, "id": f"{n}-{row['id']}"} for n in range(3) for row in sample_rows]
     write(tmp_path / "records.jsonl", rows)

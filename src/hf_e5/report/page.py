@@ -84,9 +84,15 @@ def _embed(records: Iterable[Mapping[str, Any]]) -> str:
     """Return JSON that is safe inside a script element: no "<", hence no "</script>" and no "<!--"."""
     data = {
         "columns": COLUMNS,
-        "rows": [[record.get(name) for name in COLUMNS] for record in records],
+        "rows": [[_cell(name, record.get(name)) for name in COLUMNS] for record in records],
         "languages": {code: language.name for code, language in load_languages().items()},
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     # Half of a surrogate pair has no UTF-8 form; "backslashreplace" makes it JSON's own escape.
     return text.replace("<", "\\u003c").encode(errors="backslashreplace").decode()
+
+
+def _cell(column: str, value: Any) -> Any:
+    """A dropped record may hold anything where the page expects a text: show its JSON."""
+    is_plain = column == "placeholders" or value is None or isinstance(value, str)
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
