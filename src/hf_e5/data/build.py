@@ -123,13 +123,10 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
             check_test_size(self.config.test_size)
             arguments = {split: {"files": files, "keep": split} for split in ("train", "test")}
         # An empty split would be a trap for whoever loads it.
-        arguments = {split: kwargs for split, kwargs in arguments.items() if self._has_records(**kwargs)}
+        arguments = {split: kwargs for split, kwargs in arguments.items() if any(self._generate_examples(**kwargs))}
         if not arguments:
             raise InputError(f"{', '.join(files)}: no record of task type {self.config.name!r}")
         return [datasets.SplitGenerator(name=split, gen_kwargs=kwargs) for split, kwargs in arguments.items()]
-
-    def _has_records(self, files: list[str], keep: str | None) -> bool:
-        return next(self._generate_examples(files, keep), None) is not None
 
     def _generate_examples(self, files: list[str], keep: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the rows of this configuration; with `keep`, only those that `split_of` sends to that split."""
