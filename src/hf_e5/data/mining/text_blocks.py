@@ -41,7 +41,7 @@ class TextWriter:
         if number is None:
             number = self.numbers[key] = len(self.numbers)
             self._buffer.append(text)
-            self._digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            self._digest.update(text.encode() + b"\0")
             if len(self._buffer) == BLOCK:
                 self._flush()
         return number
