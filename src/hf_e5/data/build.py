@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -217,7 +218,7 @@ def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> Stat
 def _place(files: Sequence[Path], position: int) -> str:
     """Return `file:row` of the record at a position."""
     places = (place for file in files for place, _, _ in read_records(file))
-    return next(place for number, place in enumerate(places) if number == position)
+    return next(islice(places, position, None))
 
 
 def _write_config(task_type: str, parts: Path, folder: Path, max_shard_size: str) -> DatasetInfo:

@@ -106,9 +106,8 @@ def filter_records(
         bar = tqdm(survivors, desc="embedding", total=verdicts.count(None), unit=" records")
         margins = check_margins(bar, embedding_model, margin)
 
-    absent = {"contamination"} if settings.test_sets is None else set()
-    absent |= {"weak_negative"} if margins is None else set()
-    ran = [name for name in FILTER_NAMES if name not in skipped | absent]
+    needs = {"contamination": settings.test_sets, "weak_negative": margins}
+    ran = [name for name in FILTER_NAMES if name not in skipped and needs.get(name, True)]
     summary = FilterSummary(0, 0, dict.fromkeys(ran, 0))
     summary.settings = {
         "against": [str(path) for path in earlier],

@@ -14,7 +14,8 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-from ..errors import InputError
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from ..languages import load_languages
 from ..records import RECORD_COLUMNS
 
@@ -51,10 +52,6 @@ def render_page(
         figure: the trusted SVG element of figure 2.
         records: rows to browse; untrusted.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise InputError("the report page needs jinja2: pip install hf-e5[synthesis]") from None
     environment = Environment(
         loader=PackageLoader("hf_e5.report", "assets"),
         autoescape=True,

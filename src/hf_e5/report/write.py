@@ -97,7 +97,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
         tiles=headline_figures(report),
         notes=_notes(kept, dropped, directory, filtered),
         tables=_tables(report),
-        figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
+        figure="<svg" + svg.read_text(encoding="utf-8").partition("<svg")[2],
         records=kept.rows() + dropped.rows(),
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
