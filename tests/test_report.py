@@ -125,7 +125,7 @@ def pixels(path: Path, side: int, color: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_bars_are_as_long_as_their_shares_whatever_their_names(tmp_path):
-    path, _ = plot_shares({"$a_{": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
+    path, _ = plot_shares({"$a_{$": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
     widths = set(pixels(path, 0, BLUE).sum(axis=1).tolist()) - {0}
     assert abs(max(widths) - 3 * min(widths)) <= 4  # edges that fall within a pixel
     assert not any(pixels(path, side, color).any() for side in (0, 1) for color in (GREY, ORANGE))
