@@ -125,7 +125,7 @@ def pixels(path: Path, side: int, color: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_bars_are_as_long_as_their_shares_whatever_their_names(tmp_path):
-    path, _ = plot_shares({"$a_{": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
+    path, _ = plot_shares({"$a_{$": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
     widths = set(pixels(path, 0, BLUE).sum(axis=1).tolist()) - {0}
     assert abs(max(widths) - 3 * min(widths)) <= 4  # edges that fall within a pixel
     assert not any(pixels(path, side, color).any() for side in (0, 1) for color in (GREY, ORANGE))
@@ -178,6 +178,23 @@ def test_text_of_a_model_cannot_leave_its_place(tmp_path, sample_rows):
     source = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "<img" not in source and "49" not in re.sub(r"\d{3,}", "", page.rows()[0]["query"])
     assert "sha256-" in source.split("</head>")[0]
+
+
+def test_a_dropped_record_of_the_wrong_types_is_shown_as_text(tmp_path, sample_rows):
+    odd = {
+        "id": "odd",
+        "task_type": ["a"],
+        "query": 5,
+        "positive": [{"b": None}],
+        "negative": False,
+        "language": {"c": 1},
+    }
+    write(tmp_path / "records.jsonl", [*sample_rows[:3], odd])
+    filter_records(tmp_path, num_proc=1)
+    assert write_report(tmp_path)["dropped_by_task_type"] == {"['a']": {"schema": 1}}
+    shown = Page(tmp_path / "report" / "index.html").rows()[-1]
+    texts = {"id": "odd", "task_type": '["a"]', "query": "5", "positive": '[{"b": null}]', "language": '{"c": 1}'}
+    assert {name: shown[name] for name in texts} == texts
 
 
 def test_a_large_run_is_shown_as_a_sample(tmp_path, sample_rows):

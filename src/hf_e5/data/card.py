@@ -107,11 +107,9 @@ def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
     """Return the info of the config `all`."""
     splits = SplitDict()
     for name in ("train", "test"):
-        parts = [info.splits[name] for info in infos.values() if name in info.splits]
-        if parts:
-            num_bytes = sum(part.num_bytes for part in parts)
-            num_examples = sum(part.num_examples for part in parts)
-            splits.add(SplitInfo(name=name, num_bytes=num_bytes, num_examples=num_examples))
+        if parts := [info.splits[name] for info in infos.values() if name in info.splits]:
+            sums = {field: sum(getattr(part, field) for part in parts) for field in ("num_bytes", "num_examples")}
+            splits.add(SplitInfo(name=name, **sums))
     return DatasetInfo(
         features=next(iter(infos.values())).features,
         splits=splits,

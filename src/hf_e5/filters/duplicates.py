@@ -67,14 +67,14 @@ class DuplicateIndex:
         self._rows = array("q")
         self._places: list[str] = []
         self._keys = array("Q")
-        self._signatures: list[np.ndarray] = [np.empty((0, NUM_PERM), np.uint32)]
+        self._signatures = bytearray()
 
-    def add(self, rows: list[int], places: list[str], keys: list[int], signatures: np.ndarray) -> None:
-        """Append rows; `places` are what to call them, `signatures` is uint32 [rows, NUM_PERM]."""
-        self._rows.extend(rows)
-        self._places += places
-        self._keys.extend(keys)
-        self._signatures.append(signatures)
+    def add(self, row: int, place: str, key: int, signature: bytes) -> None:
+        """Append a row; `place` is what to call it, `signature` the bytes of its uint32 [NUM_PERM]."""
+        self._rows.append(row)
+        self._places.append(place)
+        self._keys.append(key)
+        self._signatures += signature
 
     def exact(self) -> Iterator[tuple[int, str]]:
         """Yield (row, place of the first row with the same key) of rows that repeat an earlier one."""
@@ -90,9 +90,8 @@ class DuplicateIndex:
         The signatures, the bulk of the memory, are given up: this is the last question to an index.
         """
         live = [number for number, row in enumerate(self._rows) if row not in dropped]
-        signatures = np.concatenate(self._signatures)
-        self._signatures.clear()
-        signatures = signatures[live]
+        signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, NUM_PERM)[live]
+        self._signatures = bytearray()
         for position, original in near_duplicates(signatures, threshold).items():
             row = self._rows[live[position]]
             if row >= 0:

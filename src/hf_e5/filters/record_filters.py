@@ -106,11 +106,8 @@ def label_in_text(record: Record, settings: FilterSettings) -> str | None:
     if record["task_type"] != "long_short":
         return None
     text, label = fold(record["query"]), fold(record["positive"])
-    if label not in text:
-        return None
-    if _UNSPACED.search(label) or re.search(
-        rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])", text
-    ):
+    whole_word = rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])"
+    if label in text and (_UNSPACED.search(label) or re.search(whole_word, text)):
         return f"the text contains its label {record['positive']!r}"
     return None
 

@@ -8,6 +8,8 @@
 
 The file is read twice: once by several processes that judge each record and take its duplicate keys, once to write.
 In between only what the duplicates need is kept (0.4 kB a record), so that memory does not depend on the texts.
+Processes share the file by byte ranges: the text loader of `datasets` decodes lines, which changes CR LF and stops at
+wrong UTF-8, where a line must come out as it is or be dropped by itself.
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_file
 from ..records import DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE, parse_line, read_any_rows
-from .duplicates import NUM_PERM, DuplicateIndex, exact_key, signature
+from .duplicates import DuplicateIndex, exact_key, signature
 from .margins import DEFAULT_MARGIN, Margins, check_margins
 from .record_filters import FILTERS, FilterSettings, judge
 
@@ -105,9 +106,8 @@ def filter_records(
         bar = tqdm(survivors, desc="embedding", total=verdicts.count(None), unit=" records")
         margins = check_margins(bar, embedding_model, margin)
 
-    absent = {"contamination"} if settings.test_sets is None else set()
-    absent |= {"weak_negative"} if margins is None else set()
-    ran = [name for name in FILTER_NAMES if name not in skipped | absent]
+    needs = {"contamination": settings.test_sets, "weak_negative": margins}
+    ran = [name for name in FILTER_NAMES if name not in skipped and needs.get(name, True)]
     summary = FilterSummary(0, 0, dict.fromkeys(ran, 0))
     summary.settings = {
         "against": [str(path) for path in earlier],
@@ -119,17 +119,17 @@ def filter_records(
     return summary
 
 
-# A verdict is None (kept so far) or (filter, reason).
-Verdicts = list[tuple[str, str] | None]
-# Verdicts of all rows of a chunk; ids, keys and signatures of those that are kept.
-_Judged = tuple[Verdicts, list[str], list[int], np.ndarray]
+# None (kept so far) or (filter, reason).
+Verdict = tuple[str, str] | None
+# Of a row: its verdict, and id, duplicate key and signature if it is kept.
+_Judged = tuple[Verdict, tuple[str, int, bytes] | None]
 
 
 def _judge_files(
     source: Path, earlier: list[Path], settings: FilterSettings, skipped: frozenset[str], num_proc: int | None
-) -> tuple[Verdicts, DuplicateIndex]:
+) -> tuple[list[Verdict], DuplicateIndex]:
     """Judge every row of `source` and take the duplicate keys of it and of `earlier`."""
-    verdicts: Verdicts = []
+    verdicts: list[Verdict] = []
     duplicates = DuplicateIndex()
     tasks = [
         (path, start, start + _CHUNK_BYTES, path is source)
@@ -138,20 +138,20 @@ def _judge_files(
     ]
     processes = min(num_proc or os.cpu_count() or 1, len(tasks))
     with ExitStack() as stack:
-        results: Iterator[_Judged]
+        results: Iterator[list[_Judged]]
         if processes > 1:
             results = stack.enter_context(Pool(processes, _initialize, (settings, skipped))).imap(_judge_chunk, tasks)
         else:
             _initialize(settings, skipped)
             results = map(_judge_chunk, tasks)
         bar = tqdm(results, desc="filtering", total=len(tasks), unit="MB")
-        for (path, *_, own), (chunk, ids, keys, signatures) in zip(tasks, bar, strict=True):
-            kept = [number for number, verdict in enumerate(chunk, start=len(verdicts)) if verdict is None]
-            if own:
-                duplicates.add(kept, ids, keys, signatures)
-                verdicts += chunk
-            else:
-                duplicates.add([-1] * len(kept), [f"{path}: {name}" for name in ids], keys, signatures)
+        for (path, *_, own), rows in zip(tasks, bar, strict=True):
+            for verdict, kept in rows:
+                if kept:
+                    name, *keys = kept
+                    duplicates.add(len(verdicts) if own else -1, name if own else f"{path}: {name}", *keys)
+                if own:
+                    verdicts.append(verdict)
     return verdicts, duplicates
 
 
@@ -162,23 +162,21 @@ def _initialize(settings: FilterSettings, skipped: frozenset[str]) -> None:
     _worker.update(settings=settings, skipped=skipped)
 
 
-def _judge_chunk(task: tuple[Path, int, int, bool]) -> _Judged:
-    """Return the verdicts of all rows of a byte range, and ids, keys and signatures of those that are kept."""
+def _judge_chunk(task: tuple[Path, int, int, bool]) -> list[_Judged]:
+    """Judge the rows of a byte range."""
     path, start, stop, own = task
     # Rows of earlier runs are only compared with; a folder's own rows go through every filter.
     skipped = _worker["skipped"] if own else frozenset(FILTERS) - {"schema"}
-    verdicts: Verdicts = []
-    ids, keys, signatures = [], [], []
+    judged: list[_Judged] = []
     for line in _lines(path, start, stop):
         record, problem = parse_line(line)
         verdict = ("schema", problem) if problem else judge(record, _worker["settings"], skipped)
-        verdicts.append(verdict)
-        if verdict is None:
-            ids.append(record["id"])
-            keys.append(exact_key(record["query"], record["positive"]))
-            signatures.append(signature(record["query"], record["positive"]))
-    stacked = np.stack(signatures) if signatures else np.empty((0, NUM_PERM), np.uint32)
-    return verdicts, ids, keys, stacked
+        if verdict:
+            judged.append((verdict, None))
+        else:
+            pair = record["query"], record["positive"]
+            judged.append((None, (record["id"], exact_key(*pair), signature(*pair).tobytes())))
+    return judged
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
@@ -193,7 +191,7 @@ def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
                 yield line
 
 
-def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary: FilterSummary) -> None:
+def _write(directory: Path, verdicts: list[Verdict], margins: Margins | None, summary: FilterSummary) -> None:
     """Write all files, and put them in place together at the end."""
     source = directory / RECORDS_FILE
     with ExitStack() as stack:  # puts the summary in place last: it stands for a complete set of files

@@ -10,7 +10,7 @@ Where the filters ran (`hf-e5 filter`), the figures are those of the kept record
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,10 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
 
 def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows: int) -> dict[str, Any]:
     """Count the records of `source` and write the report to the empty `folder`."""
-    dropped, losses = Sample(max_rows // 2), Counter[tuple[str, str]]()
+    dropped, losses = Sample(max_rows // 2), defaultdict[str, Counter[str]](Counter)
     if filtered and (directory / DROPPED_FILE).is_file():
         for row in _progress(directory / DROPPED_FILE):
-            losses[row.get("task_type") or "unreadable", row["dropped_by"]] += 1
+            losses[str(row.get("task_type") or "unreadable")][row["dropped_by"]] += 1
             dropped.add(row)
     kept, statistics, unreadable = Sample(max_rows - len(dropped.rows())), Statistics(), 0
     for row in _progress(source):
@@ -86,7 +86,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
     report: dict[str, Any] = {**statistics.to_dict(), "unreadable": unreadable}
     if filtered:
         report["filters"] = read_json(directory / FILTERS_FILE)
-        report["dropped_by_task_type"] = _nested(losses)
+        report["dropped_by_task_type"] = {name: dict(counts.most_common()) for name, counts in losses.items()}
     report["near_duplicate_rate"] = _near_duplicate_rate(report.get("filters"))
     report["margins"] = read_margins(directory / MARGINS_FILE)
     report["usage"] = read_usage(directory / ANSWERS_FILE, len(statistics))
@@ -97,7 +97,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
         tiles=headline_figures(report),
         notes=_notes(kept, dropped, directory, filtered),
         tables=_tables(report),
-        figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
+        figure="<svg" + svg.read_text(encoding="utf-8").partition("<svg")[2],
         records=kept.rows() + dropped.rows(),
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
@@ -116,13 +116,6 @@ def _near_duplicate_rate(filters: dict[str, Any] | None) -> float | None:
         return None
     repeats = filters["dropped"]["near_duplicate"] + filters["dropped"].get("exact_duplicate", 0)
     return repeats / filters["records"]
-
-
-def _nested(losses: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    nested: dict[str, dict[str, int]] = {}
-    for (task_type, name), count in losses.most_common():
-        nested.setdefault(task_type, {})[name] = count
-    return nested
 
 
 def headline_figures(report: dict[str, Any]) -> list[tuple[str, str]]:
