@@ -119,9 +119,7 @@ def make_model(config: MistralConfig, device: torch.device) -> E5Model:
 
 def our_step(model: E5Model, accelerator: Accelerator, budget: int, keep: int | Literal["auto"]) -> Step:
     objective = ContrastiveObjective(temperature=0.02, gather_across_devices=False, mask_duplicates=False)
-    step = ContrastiveStep(
-        model, objective, accelerator, mini_batch_num_tokens=budget, keep_graph_num_tokens=keep
-    )
+    step = ContrastiveStep(model, objective, accelerator, mini_batch_num_tokens=budget, keep_graph_num_tokens=keep)
 
     def run(rows: list[dict]) -> float:
         batch = {key: value.to(accelerator.device) for key, value in E5DataCollator()(rows).items()}

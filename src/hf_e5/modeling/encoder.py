@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..instructions import format_query
-from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
+from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
 from .packed.decoder import pack_forward
 from .packed.layout import Pack
 from .packed.micro_batches import forward_batches
@@ -221,25 +221,16 @@ class E5Model(nn.Module):
 
         Always non-reentrant, the form that works with frozen inputs, DDP and ZeRO; the inputs are made to require
         gradients all the same, so that a LoRA layer below the first checkpoint never goes untrained. `options` as in
-        transformers: `every_n_layers`, `offload`.
+        transformers: `every_n_layers`, `offload` (not in the fused layers).
         """
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.backbone.enable_input_require_grads()
-        if hasattr(self.backbone, "activation_checkpointing_enable"):
-            self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
-        else:  # transformers < 5.23 has it under the older name only
-            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """The name by which transformers < 5.23 asks for `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
 
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
-        return is_checkpointing(self.backbone)
-
-    is_gradient_checkpointing = is_activation_checkpointing
+        return bool(self.backbone.is_activation_checkpointing)
 
     def save_pretrained(self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the adapter (or the full weights), the tokenizer and `e5_config.json` into folder `path`.

@@ -1,4 +1,4 @@
-"""Checks and figures of a running training."""
+"""Callbacks of a running training: a check of the adapter, a time limit, and the log as a table."""
 
 from __future__ import annotations
 
@@ -159,22 +159,3 @@ class LogTable(ProgressCallback):
         cells = [form.format(logs.get(name, math.nan)) for name, (_, form) in self.COLUMNS.items()]
         cells = ["" if cell == "nan" else cell for cell in cells]  # no hard negatives in these batches, say
         tqdm.write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
-
-
-class RunningMeans:
-    """Means of the step statistics since the last log; values stay on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, statistics: dict[str, Tensor]) -> None:
-        for name, value in statistics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def pop(self) -> dict[str, Tensor]:
-        """Return the means and start anew."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self.__init__()  # type: ignore[misc]
-        return means
