@@ -97,7 +97,7 @@ class E5Trainer(Trainer):
         """Batches of one task each, the same plan on every process (`hf_e5.data.sampler.TaskBatchSampler`)."""
         if self._batch_sampler is None:
             return super().get_train_dataloader()
-        # Not through accelerator.prepare: the sampler knows the processes already and must not be dealt out again.
+        # Not through accelerator.prepare: the sampler knows the processes already and must not be sharded again.
         return DataLoaderShard(
             self.train_dataset,
             batch_sampler=self._batch_sampler,

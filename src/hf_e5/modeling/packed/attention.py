@@ -1,7 +1,7 @@
 """Causal attention over a pack (`layout.py`): memory linear in the tokens, no mask tensor, no work across texts.
 
 On CUDA in half precision it is torch's variable-length flash attention. Elsewhere it is plain matrix products over
-groups of like length, which torch's own CPU kernel does not come near in the backward pass.
+groups of like length, whose backward pass is much faster than that of torch's own CPU kernel.
 """
 
 from __future__ import annotations

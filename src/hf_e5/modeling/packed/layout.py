@@ -23,7 +23,7 @@ FILLER_SHARE = 1 / 16
 LENGTH_STEP = 32
 # Queries of a text per block of attention: keys after a block's last query are never multiplied.
 BLOCK = 128
-# Pairs of query and key, per head, that a group has at a time: larger groups leave a core's cache.
+# Pairs of query and key, per head, in a group: larger groups exceed a core's cache.
 MAX_PAIRS = BLOCK * 1024
 # An instruction is shared if that saves at least so many tokens; below, another group costs more than it saves.
 MIN_SHARED_TOKENS = 32
