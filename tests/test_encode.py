@@ -1,5 +1,9 @@
 """`E5Model.encode` against the backbone's own forward, one text at a time: nothing padded, packed or shared."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +191,32 @@ def test_an_interrupted_call_leaves_the_model_as_it_was(model, monkeypatch):
     assert model.training and model.config._attn_implementation == attention
     model.eval()
     torch.testing.assert_close(model.encode(TEXTS), expected, atol=0, rtol=0)
+
+
+def test_threads_wait_for_each_other(model, monkeypatch):
+    """Each has a limit of its own. Without a lock both would be in the forward pass at once."""
+    monkeypatch.setattr(decoder, "FUSABLE", set())  # the path that changes the attention function for a while
+    attention, lengths = model.config._attn_implementation, (12, MAX_LENGTH)
+    expected = [model.encode(TEXTS, max_length=length) for length in lengths]
+    barrier, meetings = threading.Barrier(2), []
+
+    def meet(*_):
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody came
+            meetings.append(barrier.wait(timeout=1))
+
+    handle = model.register_forward_pre_hook(meet)
+    model.train()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda length: model.encode(TEXTS, max_length=length), lengths))
+    handle.remove()
+    assert not meetings and model.training and model.config._attn_implementation == attention
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_autograd_takes_the_vectors(model):
+    head = torch.nn.Linear(64, 2)
+    head(model.encode(TEXTS)).sum().backward()
+    torch.testing.assert_close(head.weight.grad[0], model.encode(TEXTS).sum(dim=0))
 
 
 def _last_norm(model):

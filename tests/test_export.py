@@ -66,10 +66,19 @@ def test_full_checkpoint_without_normalisation(tiny_checkpoint, tmp_path):
 
 def test_e5model_loads_an_exported_folder(tiny_checkpoint, tmp_path):
     model = trained(tiny_checkpoint, tmp_path / "checkpoint", "mean")
-    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
-    reloaded = E5Model.from_pretrained(tmp_path / "out")
+    with pytest.raises(InputError, match="pass instruction="):
+        model.encode_query(TEXTS)
+    out = tmp_path / "out"
+    export_sentence_transformer(tmp_path / "checkpoint", out, merge=True, instruction=INSTRUCTION, max_seq_length=24)
+    reloaded, exported = E5Model.from_pretrained(out), SentenceTransformer(str(out), device="cpu")
     assert reloaded.pooling == "mean"
-    torch.testing.assert_close(reloaded.encode(TEXTS), model.encode(TEXTS), atol=1e-5, rtol=0)
+    for found, expected in (
+        (reloaded.encode(TEXTS), model.encode(TEXTS)),
+        (reloaded.encode_query(TEXTS), exported.encode_query(TEXTS, convert_to_tensor=True)),
+        (reloaded.encode_document(TEXTS), exported.encode_document(TEXTS, convert_to_tensor=True)),
+        (reloaded.encode_query(TEXTS, instruction="", max_length=9), model.encode(TEXTS, max_length=9)),
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_chat_template_does_not_reach_the_vectors(tiny_checkpoint, tmp_path):

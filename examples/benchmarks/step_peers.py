@@ -57,10 +57,8 @@ def hf_e5(model: E5Model, is_bf16: bool, **budgets: int | Literal["auto"]) -> Pr
             plan = step.plan(batch)
             packs = [pack for pack in (*plan.kept, *plan.recomputed) if isinstance(pack, Pack)]
             groups = [group for pack in packs for group in pack.groups]
-            rows, places = (
-                sum(counts)
-                for counts in zip(*((g.stop - g.start, g.num_texts * g.length) for g in groups), strict=True)
-            )
+            rows = sum(group.stop - group.start for group in groups)
+            places = sum(group.num_texts * group.length for group in groups)
             return {
                 "tokens_computed": sum(pack.num_tokens for pack in packs),
                 "tokens_recomputed": sum(pack.num_tokens for pack in plan.recomputed),

@@ -22,9 +22,6 @@ from .objective import ContrastiveObjective
 
 logger = logging.getLogger(__name__)
 
-# All seven linear layers of a Llama-like decoder (paper, section 4.2 and the released adapter's configuration).
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 @dataclass
 class ModelArguments:
@@ -44,12 +41,15 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by alpha / r"})
     lora_dropout: float = field(default=0.1, metadata={"help": "dropout in front of the adapter"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "linear layers to adapt; all seven of a Llama-like decoder if unset"}
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "names of linear layers to adapt; all-linear: every one (all seven of a Llama-like layer)"},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit base, needs bitsandbytes and a GPU"})
 
     def __post_init__(self) -> None:
+        targets: Any = self.lora_target_modules or "all-linear"  # YAML can also give one name, or null
+        self.lora_target_modules = [targets] if isinstance(targets, str) else targets
         if self.load_in_4bit and not self.use_peft:
             raise InputError("load_in_4bit trains an adapter on a quantised base: set use_peft as well")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -81,7 +81,8 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or LORA_TARGETS,
+            # The shorthand is one only outside of a list.
+            target_modules="all-linear" if "all-linear" in self.lora_target_modules else self.lora_target_modules,
             bias="none",
             task_type="FEATURE_EXTRACTION",
         )
@@ -170,7 +171,8 @@ class E5TrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "of AdamW"})
     logging_steps: float = field(default=10, metadata={"help": "steps, or a share of all steps if below 1"})
     dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "leave out the last batch of an epoch if it is smaller: its loss is another"}
+        default=True,
+        metadata={"help": "leave out the last batch of an epoch if it is smaller: its loss is not comparable"},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "kept off: the collator reads all columns"})
 

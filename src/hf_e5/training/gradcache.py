@@ -160,7 +160,7 @@ class ContrastiveStep:
         graphs: list[Tensor] = []
         rng_states: list[_RandomState] = []
         outputs: list[Tensor] = []
-        # DDP arms its reduction in the forward pass, so only a pass whose backward is the step's last may synchronise.
+        # DDP prepares its reduction in the forward pass: only one whose backward is the step's last may synchronise.
         with self._no_sync() if plan.recomputed else nullcontext():
             with torch.no_grad():  # first, while no graph takes memory
                 for micro_batch in plan.forward_only:

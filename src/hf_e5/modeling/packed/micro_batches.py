@@ -88,7 +88,7 @@ def make_micro_batches(
 def forward_batches(
     backbone: PreTrainedModel | PeftModel, ids: list[list[int]], *, pooling: str, batch_size: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of texts that are only embedded; what all of them begin with is computed once per pack.
+    """Micro-batches of texts that are only embedded; the prefix that all of them share is computed once per pack.
 
     Args:
         backbone, pooling: as in `make_micro_batches`.
@@ -98,7 +98,7 @@ def forward_batches(
     if not ids:
         return
     lengths = torch.tensor([len(text) for text in ids])
-    # What all texts begin with, whoever wrote it there; each must keep a token of its own.
+    # The prefix of all texts, usually the instruction; each must keep a token of its own.
     shared = min(len(os.path.commonprefix(ids)), int(lengths.min()) - 1)
     input_ids = torch.tensor([token for text in ids for token in text])
     for part in lengths.argsort(descending=True, stable=True).split(batch_size or len(ids)):
