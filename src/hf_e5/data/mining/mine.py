@@ -102,16 +102,16 @@ def mine_hard_negatives(
             "use_instructions": use_instructions,
             "max_length": miner.max_seq_length,
         }
-        error: list[InputError | None] = [None]
+        outcome: list[Any] = [None]
         if state.is_main_process:
             try:
-                settings |= _number_texts(dataset, corpus, use_instructions, work)
-                _check_settings(work / "settings.json", settings)
-            except InputError as problem:
-                error = [problem]
-        broadcast_object_list(error)  # every process must leave, or the others would wait forever
-        if error[0] is not None:
-            raise error[0]
+                outcome = [settings | _number_texts(dataset, corpus, use_instructions, work)]
+                _check_settings(work / "settings.json", outcome[0])
+            except InputError as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], InputError):  # every process must leave, or the others would wait forever
+            raise outcome[0]
 
         _encode(miner, work, "query", "" if use_instructions else query_prompt, batch_size, state)
         _encode(miner, work, "document", document_prompt, batch_size, state)
@@ -119,7 +119,7 @@ def mine_hard_negatives(
         _search(work, selection.range_max, miner.device, state)
         state.wait_for_everyone()
         with state.main_process_first():  # the others read what it cached
-            mined = _choose(dataset, work, selection, settings)
+            mined = _choose(dataset, work, selection, outcome[0])
         state.wait_for_everyone()  # before the folder goes
     return mined
 
