@@ -220,7 +220,7 @@ def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -
     """Rank the documents for this process's share of the blocks of queries that are not ranked yet."""
     query_files = sorted((work / "query_vectors").glob("*.npy"))
     document_files = sorted((work / "document_vectors").glob("*.npy"))
-    folder = _ranking_folder(work, top_k)
+    folder = work / f"ranking_{top_k}"
     folder.mkdir(exist_ok=True)
     with np.load(work / "rows.npz") as saved:
         excluded_queries, excluded_documents = saved["excluded_queries"], saved["excluded_documents"]
@@ -252,7 +252,7 @@ def _choose(dataset: Dataset, work: Path, selection: Selection, settings: dict[s
     @lru_cache(maxsize=8)
     def ranking(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         first_pair = int(np.searchsorted(arrays["excluded_queries"], block * BLOCK))
-        with np.load(_ranking_folder(work, selection.range_max) / f"{block:06d}.npz") as file:
+        with np.load(work / f"ranking_{selection.range_max}" / f"{block:06d}.npz") as file:
             return file["scores"], file["ids"], file["excluded_scores"], first_pair
 
     def add_negatives(batch: Mapping[str, list], positions: list[int]) -> dict[str, list]:
@@ -281,7 +281,3 @@ def _choose(dataset: Dataset, work: Path, selection: Selection, settings: dict[s
         new_fingerprint=Hasher.hash((dataset._fingerprint, settings, selection)),  # `work` cannot be hashed
         desc="Choosing negatives",
     )
-
-
-def _ranking_folder(work: Path, top_k: int) -> Path:
-    return work / f"ranking_{top_k}"
