@@ -63,7 +63,9 @@ def load(checkpoint, *, has_adapter, **options):
 def plan(model, texts, instruction=None, batch_size=None):
     """The keyword arguments of the forward passes."""
     ids = tokenize(model.tokenizer, [format_query(text, instruction) for text in texts], MAX_LENGTH)
-    return ids, [batch.inputs for batch in forward_batches(model, ids, batch_size)]
+    return ids, [
+        batch.inputs for batch in forward_batches(model.backbone, ids, pooling=model.pooling, batch_size=batch_size)
+    ]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["adapter", "bare"])
@@ -148,13 +150,17 @@ def test_unknown_decoders_run_padded(model, monkeypatch):
     assert difference(model, TEXTS, INSTRUCTION) < 1e-5
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_encoder(tiny_checkpoint, tmp_path, pooling):
-    sizes = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 64}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    AutoModel.from_config(AutoConfig.for_model("bert", **sizes)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("architecture, pooling", [("bert", "mean"), ("bert", "first"), ("gpt2", "last")])
+def test_absolute_positions(tiny_checkpoint, tmp_path, architecture, pooling, padding_side):
+    """Padding in front of a text would shift its positions, so the tokenizer's side must not matter."""
+    sizes = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path)
     load(tiny_checkpoint, has_adapter=False).tokenizer.save_pretrained(tmp_path)
     model = load(tmp_path, has_adapter=False, pooling=pooling)
+    model.tokenizer.padding_side = padding_side
+    for parameter in model.parameters():  # as initialised, positions hardly matter
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     assert difference(model, TEXTS, INSTRUCTION) < 1e-5
 
 

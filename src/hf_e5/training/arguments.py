@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 from ..data.mixture import load_mixture
 from ..errors import InputError
 from ..modeling.encoder import E5Model
+from .losses import TEMPERATURE
+from .objective import ContrastiveObjective
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ class E5TrainingArguments(TrainingArguments):
 
     INPUT_PATHS: ClassVar = ("deepspeed",)
 
-    temperature: float = field(default=0.02, metadata={"help": "of InfoNCE (paper, section 3.2)"})
+    temperature: float = field(default=TEMPERATURE, metadata={"help": "of InfoNCE (paper, section 3.2)"})
     query_max_length: int = field(default=512, metadata={"help": "tokens of a query, instruction and EOS included"})
     passage_max_length: int = field(default=512, metadata={"help": "tokens of a document, EOS included"})
     mini_batch_num_tokens: int = field(default=16384, metadata={"help": "token budget of one forward pass"})
@@ -181,13 +183,7 @@ class E5TrainingArguments(TrainingArguments):
                 raise InputError(f"{name} must be at least 4 tokens, got {getattr(self, name)}")
         if self.mini_batch_num_tokens < 1:
             raise InputError(f"mini_batch_num_tokens must be at least 1, got {self.mini_batch_num_tokens}")
-        if self.keep_graph_num_tokens != "auto":
-            try:
-                self.keep_graph_num_tokens = int(self.keep_graph_num_tokens)  # type: ignore[assignment]
-            except ValueError:
-                raise InputError(
-                    f"keep_graph_num_tokens must be a number or auto, got {self.keep_graph_num_tokens!r}"
-                ) from None
+        self.kept_tokens()
         if self.false_negative_margin is not None and not math.isfinite(self.false_negative_margin):
             raise InputError(f"false_negative_margin must be finite, got {self.false_negative_margin}")
         if self.gradient_accumulation_steps > 1:
@@ -196,3 +192,24 @@ class E5TrainingArguments(TrainingArguments):
                 "Raise per_device_train_batch_size instead; memory is bounded by mini_batch_num_tokens.",
                 self.gradient_accumulation_steps,
             )
+
+    def objective(self) -> ContrastiveObjective:
+        """The loss of one step."""
+        return ContrastiveObjective(
+            temperature=self.temperature,
+            gather_across_devices=self.gather_across_devices,
+            mask_duplicates=self.mask_duplicates,
+            false_negative_margin=self.false_negative_margin,
+            matryoshka_dims=self.matryoshka_dims,
+        )
+
+    def kept_tokens(self) -> int | Literal["auto"]:
+        """`keep_graph_num_tokens` as the step takes it; the field is text, as flags and YAML give either kind."""
+        if self.keep_graph_num_tokens == "auto":
+            return "auto"
+        try:
+            return int(self.keep_graph_num_tokens)
+        except ValueError:
+            raise InputError(
+                f"keep_graph_num_tokens must be a number or auto, got {self.keep_graph_num_tokens!r}"
+            ) from None

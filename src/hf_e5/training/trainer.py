@@ -114,7 +114,13 @@ class E5Trainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         if self._step is None or self._step.model is not model:
-            self._step = ContrastiveStep(model, self.args, self.accelerator)
+            self._step = ContrastiveStep(
+                model,
+                self.args.objective(),
+                self.accelerator,
+                mini_batch_num_tokens=self.args.mini_batch_num_tokens,
+                keep_graph_num_tokens=self.args.kept_tokens(),
+            )
         scale = 1 / self.current_gradient_accumulation_steps
         output = self._step(inputs, loss_scale=scale)
         self._means.add(output.statistics)

@@ -34,11 +34,12 @@ from tqdm.auto import tqdm
 from ...errors import InputError
 from ...files import whole_file
 from ...instructions import format_query
+from ...records import text_key
 from ..mixture import Row, read_rows
 from ..mixture_config import Source
 from .search import exact_search
 from .selection import Selection
-from .text_blocks import BLOCK, TextReader, TextWriter, normalize
+from .text_blocks import BLOCK, TextReader, TextWriter
 
 
 if TYPE_CHECKING:
@@ -133,21 +134,21 @@ def _number_texts(dataset: Dataset, corpus: Iterable[str], use_instructions: boo
     Returns:
         A digest of the queries and one of the documents.
     """
-    queries, documents = TextWriter(work / "query.arrow"), TextWriter(work / "document.arrow")
     query_of_row, own, starts, num_positives = array("q"), array("q"), array("q", [0]), array("q")
     groups: dict[int, int] = {}  # a group: the same query, whatever its instruction
     group_of_query = array("q")
-    for row in _checked_rows(dataset):
-        text = format_query(row.query, row.instruction) if use_instructions else row.query
-        query_of_row.append(queries.add(text, text))
-        group = groups.setdefault(normalize(row.query), len(groups))
-        if len(queries.numbers) > len(group_of_query):
-            group_of_query.append(group)
-        own.extend([documents.add(normalize(text), text) for text in (*row.positives, *row.negatives)])
-        starts.append(len(own))
-        num_positives.append(len(row.positives))
-    for text in corpus:
-        documents.add(normalize(text), text)
+    with TextWriter.open(work / "query.arrow") as queries, TextWriter.open(work / "document.arrow") as documents:
+        for row in _checked_rows(dataset):
+            text = format_query(row.query, row.instruction) if use_instructions else row.query
+            query_of_row.append(queries.add(text, text))
+            group = groups.setdefault(text_key(row.query), len(groups))
+            if len(queries.numbers) > len(group_of_query):
+                group_of_query.append(group)
+            own.extend([documents.add(text_key(text), text) for text in (*row.positives, *row.negatives)])
+            starts.append(len(own))
+            num_positives.append(len(row.positives))
+        for text in corpus:
+            documents.add(text_key(text), text)
     rows = np.repeat(np.arange(len(query_of_row)), np.diff(starts))
     is_positive = np.arange(len(own)) - np.array(starts)[rows] < np.array(num_positives)[rows]
     groups_of_own = np.array(group_of_query)[query_of_row][rows]
@@ -163,11 +164,11 @@ def _number_texts(dataset: Dataset, corpus: Iterable[str], use_instructions: boo
         excluded_queries=excluded_queries,
         excluded_documents=excluded_documents,
     )
-    return {"queries": queries.close(), "documents": documents.close()}
+    return {"queries": queries.digest(), "documents": documents.digest()}
 
 
 def _checked_rows(dataset: Dataset) -> Iterator[Row]:
-    for start in tqdm(range(0, len(dataset), 1000), desc="Reading", unit="000 rows"):
+    for start in tqdm(range(0, len(dataset), 1000), desc="Reading", unit=" x 1000 rows"):
         for number, row in enumerate(read_rows(dataset[start : start + 1000], _BY_NAME), start):
             if error := row.error():
                 raise InputError(f"row {number}, field {error.role!r}: {error.message}")
