@@ -239,19 +239,9 @@ def test_command_writes_what_training_reads(data, tmp_path, capsys):
     command += ["--relative_margin", "0.01"]
     assert main([command[0], command[1], str(tmp_path / "one.parquet"), *command[2:]]) == 0
     assert "next: hf-e5 validate" in capsys.readouterr().out
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "hf_e5.cli",
-    ]
-    subprocess.run(
-        [*launch, command[0], command[1], str(tmp_path / "two.parquet"), *command[2:]], check=True, timeout=300
-    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "hf_e5.cli", command[0], command[1], str(tmp_path / "two.parquet"), *command[2:]]
+    subprocess.run([*launch, *command], check=True, timeout=300)
     one, two = load_mixture(tmp_path / "one.parquet"), load_mixture(tmp_path / "two.parquet")
     assert one.remove_columns("dataset").to_list() == two.remove_columns("dataset").to_list()
     assert len(one) == 41 and max(len(row["negative"]) for row in one) == 2

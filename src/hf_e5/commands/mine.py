@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         miner.max_seq_length = args.max_length
     state = PartialState(cpu=miner.device.type == "cpu")
     with state.main_process_first():  # the others read what it cached
-        dataset = load_source(source, split=args.split, seed=seed)
+        dataset = load_source(source, split=args.split, seed=seed, whole=True).remove_columns("dataset")
     work = Path(args.work_dir or f"{out}.work")
     mined = mine_hard_negatives(
         dataset,
@@ -81,14 +81,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _pick(args: argparse.Namespace) -> tuple[Source, int]:
     sources, seed = read_mixture(args.data, config=args.dataset_config, max_rows=args.max_rows)
-    if args.dataset is not None:
-        sources = [source for source in sources if source.name == args.dataset]
-        if not sources:
-            raise InputError(f"{args.data} has no dataset {args.dataset!r}")
-    if len(sources) > 1:
-        names = ", ".join(source.name for source in sources)
-        raise InputError(f"{args.data} has several datasets; choose one with --dataset ({names})")
-    return sources[0], seed
+    chosen = [source for source in sources if args.dataset in (None, source.name)]
+    if len(chosen) != 1:
+        what = "has several datasets" if chosen else f"has no dataset {args.dataset!r}"
+        raise InputError(f"{args.data} {what}; choose one with --dataset ({', '.join(s.name for s in sources)})")
+    return chosen[0], seed
 
 
 def _corpus_texts(paths: list[str]) -> Iterator[str]:

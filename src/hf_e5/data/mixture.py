@@ -9,7 +9,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ FEATURES = Features(
 # `negatives` must not silently train without negatives.
 KNOWN_COLUMNS = {*FEATURES, *RECORD_COLUMNS, "negative_scores", "positive_score"}
 
-# Changes whenever a conversion gives other rows: `datasets` caches by arguments and does not see our code.
+# Changes whenever `_rows_to_columns` gives other rows: `datasets` caches by arguments and does not see our code.
 _CACHE_VERSION = 1
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
@@ -70,43 +70,42 @@ def load_mixture(
         InputError: something cannot be loaded, or a row has no query or positive; names dataset, row and field.
     """
     sources, seed = read_mixture(source, config=config, max_rows=max_rows)
-    parts = []
-    for entry in sources:
-        dataset, rows = open_source(entry, split=split, seed=seed, cache_dir=cache_dir)
-        options = {"source": entry, "rows": rows, "seed": seed}
-        parts.append(_convert(dataset, _training_rows, FEATURES, options, num_proc))
-    return concatenate_datasets(parts)
+    return concatenate_datasets(
+        [load_source(entry, split=split, seed=seed, num_proc=num_proc, cache_dir=cache_dir) for entry in sources]
+    )
 
 
-def load_source(source: Source, *, split: str, seed: int) -> Dataset:
-    """Load one dataset, sampled, in the columns of the roles, with all positives and negatives of every row.
-
-    `positive` is a text where the dataset has one plain column of positives, else a list of texts.
-
-    Raises:
-        InputError: as in `load_mixture`.
-    """
-    dataset, rows = open_source(source, split=split, seed=seed)
-    columns = _role_columns(source, dataset.column_names)["positive"]
-    several = len(columns) > 1 or not isinstance(dataset.features.get(columns[0]), Value)
-    features = Features({role: FEATURES[role] for role in ROLES})
-    if several:
-        features["positive"] = FEATURES["negative"]
-    return _convert(dataset, _whole_rows, features, {"source": source, "rows": rows, "several": several})
-
-
-def _convert(
-    dataset: Dataset, convert: Callable, features: Features, options: dict[str, Any], num_proc: int | None = None
+def load_source(
+    source: Source,
+    *,
+    split: str,
+    seed: int,
+    whole: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Dataset:
+    """Load one dataset of a mixture, as `load_mixture` does.
+
+    Args:
+        whole: keep all positives and negatives of a row; `positive` is then a list, unless the dataset has one plain
+            column of positives.
+    """
+    dataset, rows = open_source(source, split=split, seed=seed, cache_dir=cache_dir)
+    features = FEATURES.copy()
+    positive = _role_columns(source, dataset.column_names)["positive"]
+    if whole and (len(positive) > 1 or not isinstance(dataset.features.get(positive[0]), Value)):
+        features["positive"] = FEATURES["negative"]
+    several = features["positive"] == FEATURES["negative"]
+    options = {"source": source, "rows": rows, "seed": seed, "whole": whole, "several": several}
     return dataset.map(
-        convert,
+        _rows_to_columns,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         features=features,
         fn_kwargs={**options, "version": _CACHE_VERSION},
         num_proc=num_proc,
-        desc=f"Reading {options['source'].name}",
+        desc=f"Reading {source.name}",
     )
 
 
@@ -176,46 +175,44 @@ def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
         yield Row(instruction[i], query[i], _texts(positive[i]), _texts(negative[i]), task_type[i])
 
 
-def _checked_rows(batch: Mapping[str, list], numbers: np.ndarray, source: Source) -> Iterator[tuple[int, Row]]:
-    """Row numbers and rows, each with the source's instruction if it has one; empty rows are dropped or refused."""
-    for number, row in zip(numbers.tolist(), read_rows(batch, source), strict=True):
-        error = row.error()
-        if error is None:
-            texts = source.instruction or (row.instruction or None,)
-            yield number, row._replace(instruction=texts[number % len(texts)])
-        elif not (error.is_empty and source.drop_empty):
+def _rows_to_columns(
+    batch: Mapping[str, list],
+    positions: list[int],
+    source: Source,
+    rows: np.ndarray,
+    seed: int,
+    whole: bool,
+    several: bool,
+    version: int,
+) -> dict[str, list]:
+    read = []
+    for number, row in zip(rows[positions].tolist(), read_rows(batch, source), strict=True):
+        if error := row.error():
+            if source.drop_empty and error.is_empty:
+                continue
             hint = "; fix it or set 'drop_empty: true'" if error.is_empty else ""
             raise InputError(f"dataset {source.name!r}, row {number}, field {error.role!r}: {error.message}{hint}")
+        query, positive, negatives = row.query, row.positives if several else row.positives[0], row.negatives
+        if not whole:
+            query, positive, negatives = _draw(row, source, random.Random(f"{seed}/{source.name}/{number}"))
+        instructions = source.instruction or (row.instruction or None,)
+        instruction = instructions[number % len(instructions)]
+        read.append((instruction, query, positive, negatives, source.name, row.task_type))
+    return {name: [values[i] for values in read] for i, name in enumerate(FEATURES)}
 
 
-def _whole_rows(
-    batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, several: bool, version: int
-) -> dict[str, list]:
-    checked = [row for _, row in _checked_rows(batch, rows[positions], source)]
-    columns = {role: [row[i] for row in checked] for i, role in enumerate(ROLES)}  # a Row has the order of the roles
-    return columns if several else {**columns, "positive": [positive for (positive,) in columns["positive"]]}
-
-
-def _training_rows(
-    batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, seed: int, version: int
-) -> dict[str, list]:
-    columns: dict[str, list] = {name: [] for name in FEATURES}
-    for row_number, row in _checked_rows(batch, rows[positions], source):
-        rng = random.Random(f"{seed}/{source.name}/{row_number}")
-        query, positive = row.query, row.positives[0]
-        if len(row.positives) > 1:
-            positive = rng.choice(row.positives)
-        negatives = row.negatives
-        if source.num_negatives is not None and source.num_negatives < len(negatives):
-            if source.negatives == "random":
-                negatives = rng.sample(negatives, len(negatives))
-            negatives = negatives[: source.num_negatives]
-        if source.symmetric and rng.random() < 0.5:
-            query, positive, negatives = positive, query, []
-        values = (row.instruction, query, positive, negatives, source.name, row.task_type)
-        for name, value in zip(FEATURES, values, strict=True):
-            columns[name].append(value)
-    return columns
+def _draw(row: Row, source: Source, rng: random.Random) -> tuple[str, str, list[str]]:
+    """What training reads of a row: query, one positive, and as many negatives as the source asks for."""
+    positive, negatives = row.positives[0], row.negatives
+    if len(row.positives) > 1:
+        positive = rng.choice(row.positives)
+    if source.num_negatives is not None and source.num_negatives < len(negatives):
+        if source.negatives == "random":
+            negatives = rng.sample(negatives, len(negatives))
+        negatives = negatives[: source.num_negatives]
+    if source.symmetric and rng.random() < 0.5:
+        return positive, row.query, []
+    return row.query, positive, negatives
 
 
 def load_raw(source: Source, split: str, cache_dir: str | Path | None = None) -> Dataset:

@@ -204,11 +204,6 @@ def _separate(
     sizes = np.searchsorted(group_of, group_of, side="right") - starts
     movable = batch_of[starts] != batch_of[starts + sizes - 1]  # the group has a second batch
 
-    def keys(positions: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        """One number per (batch, text), -1 for no text; shape of `positions` plus `[k]`."""
-        text = texts[rows[positions]]
-        return np.where(text >= 0, batches[..., None] * num_texts + text, -1)
-
     fruitless = 0
     for _ in range(_REPAIR_ROUNDS):
         positions, columns = np.nonzero((texts[rows] >= 0) & movable[:, None])
@@ -227,9 +222,10 @@ def _separate(
 
         def clashes(positions: np.ndarray, batches: np.ndarray, present: np.ndarray = present) -> np.ndarray:
             """Whether a row would meet one of its texts in a batch (before any row leaves it)."""
-            wanted = keys(positions, batches)
+            text = texts[rows[positions]]
+            wanted = batches[..., None] * num_texts + text
             found = present[np.minimum(np.searchsorted(present, wanted), len(present) - 1)] == wanted
-            return (found & (wanted >= 0)).any(axis=-1)
+            return (found & (text >= 0)).any(axis=-1)
 
         good = (batch_of[partners] != batch_of[own]) & ~clashes(own, batch_of[partners])
         good[good] = ~clashes(partners[good], batch_of[own[good]])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset, Features, List, Value
+
 from ..errors import InputError
 from ..instructions import query_prompt
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -68,8 +69,6 @@ def tokenize_dataset(
             "positive_ids": tokenize(rows["positive"], passage_max_length),
             "negative_ids": [[next(negative_ids) for _ in texts] for texts in negatives],
         }
-
-    from datasets import Features, List, Value
 
     ids = List(Value("int32"))
     types = (ids, Value("int32"), ids, List(ids))

@@ -103,16 +103,16 @@ def mine_hard_negatives(
             "use_instructions": use_instructions,
             "max_length": miner.max_seq_length,
         }
-        error: list[InputError | None] = [None]
+        outcome: list[Any] = [None]
         if state.is_main_process:
             try:
-                settings |= _number_texts(dataset, corpus, use_instructions, work)
-                _check_settings(work / "settings.json", settings)
-            except InputError as problem:
-                error = [problem]
-        broadcast_object_list(error)  # every process must leave, or the others would wait forever
-        if error[0] is not None:
-            raise error[0]
+                outcome = [settings | _number_texts(dataset, corpus, use_instructions, work)]
+                _check_settings(work / "settings.json", outcome[0])
+            except InputError as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], InputError):  # every process must leave, or the others would wait forever
+            raise outcome[0]
 
         _encode(miner, work, "query", "" if use_instructions else query_prompt, batch_size, state)
         _encode(miner, work, "document", document_prompt, batch_size, state)
@@ -120,7 +120,7 @@ def mine_hard_negatives(
         _search(work, selection.range_max, miner.device, state)
         state.wait_for_everyone()
         with state.main_process_first():  # the others read what it cached
-            mined = _choose(dataset, work, selection, settings)
+            mined = _choose(dataset, work, selection, outcome[0])
         state.wait_for_everyone()  # before the folder goes
     return mined
 
@@ -168,7 +168,7 @@ def _number_texts(dataset: Dataset, corpus: Iterable[str], use_instructions: boo
 
 
 def _checked_rows(dataset: Dataset) -> Iterator[Row]:
-    for start in tqdm(range(0, len(dataset), 1000), desc="Reading", unit="000 rows"):
+    for start in tqdm(range(0, len(dataset), 1000), desc="Reading", unit=" x 1000 rows"):
         for number, row in enumerate(read_rows(dataset[start : start + 1000], _BY_NAME), start):
             if error := row.error():
                 raise InputError(f"row {number}, field {error.role!r}: {error.message}")
@@ -221,7 +221,7 @@ def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -
     """Rank the documents for this process's share of the blocks of queries that are not ranked yet."""
     query_files = sorted((work / "query_vectors").glob("*.npy"))
     document_files = sorted((work / "document_vectors").glob("*.npy"))
-    folder = _ranking_folder(work, top_k)
+    folder = work / f"ranking_{top_k}"
     folder.mkdir(exist_ok=True)
     with np.load(work / "rows.npz") as saved:
         excluded_queries, excluded_documents = saved["excluded_queries"], saved["excluded_documents"]
@@ -253,7 +253,7 @@ def _choose(dataset: Dataset, work: Path, selection: Selection, settings: dict[s
     @lru_cache(maxsize=8)
     def ranking(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         first_pair = int(np.searchsorted(arrays["excluded_queries"], block * BLOCK))
-        with np.load(_ranking_folder(work, selection.range_max) / f"{block:06d}.npz") as file:
+        with np.load(work / f"ranking_{selection.range_max}" / f"{block:06d}.npz") as file:
             return file["scores"], file["ids"], file["excluded_scores"], first_pair
 
     def add_negatives(batch: Mapping[str, list], positions: list[int]) -> dict[str, list]:
@@ -282,7 +282,3 @@ def _choose(dataset: Dataset, work: Path, selection: Selection, settings: dict[s
         new_fingerprint=Hasher.hash((dataset._fingerprint, settings, selection)),  # `work` cannot be hashed
         desc="Choosing negatives",
     )
-
-
-def _ranking_folder(work: Path, top_k: int) -> Path:
-    return work / f"ranking_{top_k}"
