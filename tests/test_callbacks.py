@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import get_scheduler
 
 from hf_e5 import E5Model, E5Trainer, E5TrainingArguments
 from hf_e5.training import callbacks
 from hf_e5.training.callbacks import FitToTime
 from hf_e5.training.trainer import last_checkpoint
+from support import lora_config
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def clock(monkeypatch, durations):
 
 
 def make_trainer(tiny_checkpoint, rows, tmp_path, seconds, **kwargs):
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=config)
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config())
     defaults = {"max_steps": 60, "warmup_steps": 5, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no"}
     args = E5TrainingArguments(
         output_dir=str(tmp_path),
