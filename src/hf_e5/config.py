@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -64,6 +65,30 @@ def parse_config(types: tuple[Any, ...], argv: list[str] | None = None, *, prog:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise InputError(f"no option is called {unknown[0]!r}{_did_you_mean(unknown[0].partition('=')[0], flags)}")
     return tuple(filled[: len(types)])  # what else is there only holds --config, which is dealt with
+
+
+def add_fields(parser: argparse.ArgumentParser | argparse._ArgumentGroup, type_: type) -> None:
+    """Add a flag for every field of a dataclass that has `help` in its metadata, with the field's type and default.
+
+    An optional field takes what it holds, a `Literal` one of its choices, and a bool is a switch that turns it on.
+    """
+    hints = get_type_hints(type_)
+    for item in dataclasses.fields(type_):
+        if "help" not in item.metadata:
+            continue
+        hint = hints[item.name]
+        if type(None) in get_args(hint):
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        options: dict[str, Any] = {"default": item.default, "help": item.metadata["help"].replace("%", "%%")}
+        if hint is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"choices": get_args(hint)} if get_origin(hint) is Literal else {"type": hint}
+            if item.default is dataclasses.MISSING:
+                options |= {"default": None, "required": True}
+            elif item.default is not None:
+                options["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{item.name}", **options)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
