@@ -261,7 +261,7 @@ def test_interrupted_runs_end_cleanly(tmp_path):
         served = llm_server.stats(url)
     assert process.returncode == 0, err
     assert "stopped early: interrupted" in out
-    assert len(rows(tmp_path / "out", "answers")) == served["requests"]  # what was under way was brought home
+    assert len(rows(tmp_path / "out", "answers")) == served["requests"]  # the answers under way were stored
 
 
 def test_synthesize_inside_a_running_loop(tmp_path, server):

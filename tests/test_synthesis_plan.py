@@ -1,6 +1,8 @@
 """The plan: the paper's shares, determinism, shards, and what a configuration may change."""
 
+import tracemalloc
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -82,6 +84,17 @@ def test_the_languages_of_the_whole_plan_are_exact_to_one_example():
         counts = Counter(position.language for position in Plan(config(num_examples=size)).positions())
         for code, language in load_languages().items():
             assert abs(counts[code] - size * language.share) < 1
+
+
+def test_a_plan_takes_few_bytes_per_example():
+    size = 507_000
+    settings = config(num_examples=size)
+    tracemalloc.start()
+    plan = Plan(settings)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(list(islice(plan.positions(), 5))) == 5
+    assert taken < 13 * size  # type and language take 2 bytes, the two indices 4
 
 
 def test_the_places_of_a_type_are_those_of_the_plan():

@@ -116,26 +116,23 @@ class ChatClient:
         Raises:
             Unavailable: the server does not answer.
         """
+        messages = [{"role": "user", "content": "What is the capital of France? (json)"}]
         try:
-            self.capabilities[model] = await self._probe(model, report)
+            for response_format in RESPONSE_FORMATS[:-1]:
+                self.capabilities[model] = replace(self.capabilities_of(model), response_format=response_format)
+                answer_model = Capital if response_format == "json_schema" else None
+                call = Call(f"probe-{model}-{response_format}", model, messages, answer_model, (30, 30))
+                answer = await self.ask(call, _PROBE_TRIES)
+                if answer.final and not answer.finish_reason:
+                    raise Unavailable(f"{self._address}: {answer.error}")
+                await report(call, answer)
+                # `ask` may have gone on to a weaker format.
+                if self.capabilities[model].response_format == response_format and _is_json(answer, answer_model):
+                    return
+            self.capabilities[model] = replace(self.capabilities[model], response_format=RESPONSE_FORMATS[-1])
         except BaseException:
             self.capabilities.pop(model, None)  # discard a partial probe
             raise
-
-    async def _probe(self, model: str, report: Callable[[Call, Answer], Awaitable[None]]) -> ServerCapabilities:
-        messages = [{"role": "user", "content": "What is the capital of France? (json)"}]
-        for response_format in RESPONSE_FORMATS[:-1]:
-            self.capabilities[model] = replace(self.capabilities_of(model), response_format=response_format)
-            answer_model = Capital if response_format == "json_schema" else None
-            call = Call(f"probe-{model}-{response_format}", model, messages, answer_model, (30, 30))
-            answer = await self.ask(call, _PROBE_TRIES)
-            if answer.final and not answer.finish_reason:
-                raise Unavailable(f"{self._address}: {answer.error}")
-            await report(call, answer)
-            # `ask` may have moved on to a weaker format.
-            if self.capabilities_of(model).response_format == response_format and _is_json(answer, answer_model):
-                return self.capabilities_of(model)
-        return replace(self.capabilities_of(model), response_format=RESPONSE_FORMATS[-1])
 
     def capabilities_of(self, model: str) -> ServerCapabilities:
         return self.capabilities.get(model, ServerCapabilities())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -72,21 +72,17 @@ class SynthesisRun:
         brainstorms = [pool.requests() for pool in self.pools.values()]
         # Each type in its own order: one that waits for its tasks does not hold up the others.
         examples = {name: self.plan.positions(self.max_examples, name) for name in self.plan.counts}
-        heads = {name: first for name, positions in examples.items() if (first := next(positions, None))}
-        while heads and self.budget.is_open():
+        heads = {name: next(positions, None) for name, positions in examples.items()}
+        while (left := list(filter(None, heads.values()))) and self.budget.is_open():
             if request := next(filter(None, (next(pool, None) for pool in brainstorms)), None):
                 self.progress.total += 1
                 if request.id in self.store.done:
                     self.progress.update()
                 else:
                     yield request
-            elif position := self._first_ready(heads.values()):
-                name = position.task_type
-                if following := next(examples[name], None):
-                    heads[name] = following
-                else:
-                    del heads[name]
-                pool = self.pools.get(name)
+            elif position := self._first_ready(left):
+                heads[position.task_type] = next(examples[position.task_type], None)
+                pool = self.pools.get(position.task_type)
                 if self.plan.example_id(position) in self.store.done:
                     self.progress.update()
                 elif pool is None or pool.tasks:
@@ -100,7 +96,7 @@ class SynthesisRun:
         if empty := [name for name, pool in self.pools.items() if pool.complete and not pool.tasks]:
             self.budget.stop(f"no task could be brainstormed for {', '.join(empty)}; see failures.jsonl", failed=True)
 
-    def _first_ready(self, heads: Collection[Position]) -> Position | None:
+    def _first_ready(self, heads: list[Position]) -> Position | None:
         """Return the first place whose task is known, unless others must catch up."""
         first = min(filter(self._is_ready, heads), default=None)
         return None if first is None or first.number - min(heads).number > _LARGEST_LEAD else first
