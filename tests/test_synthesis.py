@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import llm_server
@@ -24,7 +26,8 @@ from hf_e5.errors import InputError
 from hf_e5.records import RECORD_COLUMNS, read_rows
 from hf_e5.synthesis import client as client_module
 from hf_e5.synthesis.config import load_config
-from hf_e5.synthesis.executors import BatchExecutor
+from hf_e5.synthesis.executors.batch import BatchExecutor
+from hf_e5.synthesis.pipeline import SynthesisOptions
 from hf_e5.synthesis.plan import Plan
 from support import ROOT
 
@@ -165,7 +168,7 @@ def test_a_model_that_repeats_itself_is_not_asked_for_ever(tmp_path, llmock):
     config = {"num_examples": 200, "mixture": {"short_long": 1}}
     result = run(tmp_path, llmock.base_url(), config)
     assert result.examples == 200
-    assert len([row for row in rows(tmp_path, "answers") if "-tasks-" in row["id"]]) <= 5 * 4
+    assert len([row for row in rows(tmp_path, "answers") if row["kind"] == "brainstorm"]) <= 5 * 4
 
 
 def test_a_type_without_tasks_does_not_hold_up_the_others(tmp_path, llmock):
@@ -213,7 +216,7 @@ def test_what_the_server_can_do_is_asked_once_and_kept(tmp_path, llmock):
     probes = [r for r in llmock.requests if "capital of France" in json.dumps(r.body)]
     assert len(probes) == 1
     server_file = json.loads((tmp_path / "server.json").read_text())
-    assert server_file["models"]["gpt-4o"]["structured"] == "json_schema"
+    assert server_file["models"]["gpt-4o"]["response_format"] == "json_schema"
 
 
 def test_no_key_is_ever_written(tmp_path, llmock, monkeypatch):
@@ -242,7 +245,7 @@ def test_interrupted_runs_end_cleanly(tmp_path):
         served = llm_server.stats(url)
     assert process.returncode == 0, err
     assert "stopped early: interrupted" in out
-    assert len(rows(tmp_path / "out", "answers")) == served["requests"]  # what was under way was brought home
+    assert len(rows(tmp_path / "out", "answers")) == served["requests"]  # the answers under way were stored
 
 
 def test_synthesize_inside_a_running_loop(tmp_path, server):
@@ -301,7 +304,7 @@ def test_batches_are_collected_at_half_price(tmp_path, batch_server):
 
 def test_batches_are_collected_later(tmp_path, batch_server, monkeypatch):
     async def leave(self):  # the user presses Ctrl-C while the first batch is under way
-        self.job.budget.stop("interrupted", interrupted=True)
+        self.synthesis.budget.stop("interrupted", interrupted=True)
         return False
 
     with monkeypatch.context() as patch:
@@ -317,18 +320,19 @@ def test_batches_are_collected_later(tmp_path, batch_server, monkeypatch):
     assert submitted(batch_server) == answers
 
 
-def test_a_batch_that_was_made_just_before_a_crash_is_found_again(tmp_path, batch_server, monkeypatch):
-    noted = BatchExecutor._note
+@pytest.mark.parametrize("moment", ["sent", "collected"])
+def test_a_batch_on_the_server_at_a_crash_is_neither_lost_nor_made_twice(tmp_path, batch_server, monkeypatch, moment):
+    log_event = BatchExecutor._log_event
 
     def crash(self, name, event, **more):
-        if event == "sent":
+        if event == moment:
             raise KeyboardInterrupt
-        noted(self, name, event, **more)
+        log_event(self, name, event, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchExecutor, "_note", crash)
+        patch.setattr(BatchExecutor, "_log_event", crash)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, batch_server.base_url(), mode="batch")
+            run(tmp_path, batch_server.base_url(), mode="batch", poll_seconds=0.1)
     assert len(llmock_batch._batches) == 1
     run(tmp_path, batch_server.base_url(), mode="batch", poll_seconds=0.1)
     resilience.account(tmp_path, {"num_examples": 60, "models": ["gpt-4o"]})
@@ -368,11 +372,11 @@ def test_the_command(tmp_path, server, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "m", "--shard", "3/3"], "--shard"),
+        (["--model", "m", "--shard", "3/3"], "shard 3/3"),
         (["--model", "m=x"], "--model"),
-        (["--model", "m", "--max_examples", "0"], "--max_examples"),
+        (["--model", "m", "--max_examples", "0"], "max_examples 0"),
         (["--model", "m", "--max_usd", "1"], "prices"),
-        ([], "--model"),
+        ([], "models"),
         (["--model", "m", "--config", "absent.yaml"], "absent.yaml"),
     ],
 )
@@ -385,6 +389,22 @@ def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, capsys, flags, mes
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_begun_by_another_version_of_the_plan_is_refused(tmp_path, server):
+    run(tmp_path, server, max_examples=2)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    for change in ({"plan_version": 1}, {"plan_version": None}):
+        (tmp_path / "run.json").write_text(json.dumps({**identity, **change}))
+        with pytest.raises(InputError, match="plan_version"):
+            run(tmp_path, server, max_examples=2)
+
+
+def test_the_arguments_are_the_options():
+    """`synthesize` names every option, so that editors show them: with the defaults of the flags."""
+    parameters = inspect.signature(hf_e5.synthesize).parameters.values()
+    named = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert named == asdict(SynthesisOptions())
 
 
 def test_another_seed_in_the_same_folder_is_refused(tmp_path, server):
@@ -430,7 +450,7 @@ def test_a_real_model_end_to_end(tmp_path):
     answers = [row for row in rows(tmp_path / "out", "answers") if row["task_type"]]
     assert sum(row["completion_tokens"] for row in answers) > 100
     assert all(row["error"] is None or row["raw"] for row in answers)  # failed, but never without what was said
-    examples = [row["id"] for row in answers if "-tasks-" not in row["id"]]
+    examples = [row["id"] for row in answers if row["kind"] == "example"]
     assert len(examples) == len(set(examples))
     assert sum("-sts-" in key for key in examples) == 4
     assert len(examples) == 6 or "brainstormed" in result.reason

@@ -11,8 +11,8 @@ import pytest
 
 from hf_e5.errors import InputError
 from hf_e5.synthesis import client as client_module
-from hf_e5.synthesis.capabilities import Call, Dialect
-from hf_e5.synthesis.client import ChatClient, Pace, Unavailable
+from hf_e5.synthesis.capabilities import RESPONSE_FORMATS, Call, ServerCapabilities
+from hf_e5.synthesis.client import ChatClient, RateLimiter, Unavailable
 from hf_e5.synthesis.config import load_config
 
 
@@ -160,12 +160,12 @@ def test_a_real_quota_is_respected(llmock):
     llmock.assert_resilient()
 
 
-def test_pace_spreads_requests():
-    pace = Pace(600)
-    assert [round(pace.reserve(1), 2) for _ in range(4)] == [0.0, 0.1, 0.2, 0.3]
-    pace.correct(5)
-    assert pace.reserve(1) == pytest.approx(0.9, abs=0.01)
-    assert Pace(None).reserve(10**9) == 0
+def test_the_rate_limiter_spreads_requests():
+    limiter = RateLimiter(600)
+    assert [round(limiter.reserve(1), 2) for _ in range(4)] == [0.0, 0.1, 0.2, 0.3]
+    limiter.correct(5)
+    assert limiter.reserve(1) == pytest.approx(0.9, abs=0.01)
+    assert RateLimiter(None).reserve(10**9) == 0
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,11 @@ def test_parameters_that_a_model_refuses_are_left_out():
 
     client = scripted(picky)
     assert asyncio.run(client.ask(call())).text == "yes"
-    assert client.dialects["m"] == Dialect(token_limit="max_tokens", temperature=False, top_p=False, seed=False)
+    left = ServerCapabilities(token_limit="max_tokens", temperature=False, top_p=False, seed=False)
+    assert client.capabilities["m"] == left
 
 
-def test_many_requests_that_meet_one_complaint_step_down_once():
+def test_many_requests_that_get_one_complaint_weaken_the_format_once():
     def no_schema(body):
         if (body.get("response_format") or {}).get("type") == "json_schema":
             return complain("response_format json_schema is not supported")
@@ -208,21 +209,19 @@ def test_many_requests_that_meet_one_complaint_step_down_once():
     async def main():
         client = scripted(no_schema)
         await asyncio.gather(*(client.ask(call(number)) for number in range(10)))
-        return client.dialects["m"].structured
+        return client.capabilities["m"].response_format
 
     assert asyncio.run(main()) == "json_object"
 
 
-@pytest.mark.parametrize("rung", ["json_schema", "json_object", "plain"])
+@pytest.mark.parametrize("supported", RESPONSE_FORMATS)
 @pytest.mark.parametrize("silent", [False, True])
-def test_the_probe_finds_what_a_server_can_do(rung, silent):
-    ladder = ["json_schema", "json_object", "plain"]
-
+def test_the_probe_finds_what_a_server_can_do(supported, silent):
     def server(body):
-        kind = (body.get("response_format") or {"type": "plain"})["type"]
-        if ladder.index(kind) < ladder.index(rung):
+        kind = (body.get("response_format") or {"type": "text"})["type"]
+        if RESPONSE_FORMATS.index(kind) < RESPONSE_FORMATS.index(supported):
             return completion("Paris.") if silent else complain(f"response_format {kind} is unknown")
-        return completion('{"capital": "Paris"}' if kind != "plain" else "Paris")
+        return completion('{"capital": "Paris"}' if kind != "text" else "Paris")
 
     kept = []
 
@@ -231,7 +230,7 @@ def test_the_probe_finds_what_a_server_can_do(rung, silent):
 
     client = scripted(server)
     asyncio.run(client.probe("m", keep))
-    assert client.dialects["m"].structured == rung
+    assert client.capabilities["m"].response_format == supported
     assert kept
 
 
@@ -259,6 +258,6 @@ def test_no_key_and_no_server(monkeypatch):
 
 
 def test_equal_prompts_are_sampled_with_different_seeds():
-    bodies = [Dialect().body(asked, CONFIG) for asked in (call(0), call(1), call(0))]
+    bodies = [ServerCapabilities().body(asked, CONFIG) for asked in (call(0), call(1), call(0))]
     assert bodies[0]["seed"] != bodies[1]["seed"]
     assert bodies[0] == bodies[2]

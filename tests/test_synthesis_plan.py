@@ -1,8 +1,10 @@
 """The plan: the paper's shares, determinism, shards, and what a configuration may change."""
 
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import yaml
 
@@ -64,6 +66,45 @@ def test_every_prefix_of_the_full_plan_holds_the_shares():
     assert len(languages) == 93
 
 
+@pytest.mark.parametrize(("size", "num_shards"), [(10_000, 4), (100_000, 2), (100_000, 3), (100_000, 16)])
+def test_every_shard_holds_the_languages_more_evenly_than_independent_draws(size, num_shards):
+    """Of independent draws, the largest error of 93 languages is above two standard deviations in 99 % of shards."""
+    codes = list(load_languages())
+    shares = np.array([language.share for language in load_languages().values()])
+    for number in range(num_shards):
+        plan = Plan(config(num_examples=size), shard=(number, num_shards))
+        languages = Counter(position.language for position in plan.positions())
+        total = languages.total()
+        errors = np.array([languages[code] for code in codes]) - total * shares
+        assert np.max(np.abs(errors) / np.sqrt(total * shares * (1 - shares))) < 2
+
+
+def test_the_languages_of_the_whole_plan_are_exact_to_one_example():
+    for size in (93, 1009, 20_000):
+        counts = Counter(position.language for position in Plan(config(num_examples=size)).positions())
+        for code, language in load_languages().items():
+            assert abs(counts[code] - size * language.share) < 1
+
+
+def test_a_plan_takes_few_bytes_per_example():
+    size = 507_000
+    settings = config(num_examples=size)
+    tracemalloc.start()
+    plan = Plan(settings)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(list(islice(plan.positions(), 5))) == 5
+    assert taken < 13 * size  # type and language take 2 bytes, the two indices 4
+
+
+def test_the_places_of_a_type_are_those_of_the_plan():
+    plan = Plan(config(num_examples=2000), shard=(1, 3))
+    places = list(plan.positions(500))
+    for name in plan.counts:
+        assert list(plan.positions(500, name)) == [place for place in places if place.task_type == name]
+    assert plan.num_examples(500) == Counter(place.task_type for place in places)
+
+
 def test_placeholders_are_those_of_the_paper_and_keep_their_weights():
     values: dict[tuple[str, str], Counter] = {}
     pairs = Counter()
@@ -89,7 +130,7 @@ def test_placeholders_are_those_of_the_paper_and_keep_their_weights():
 
 def test_one_seed_plans_the_same_and_another_does_not():
     first, again, other = (
-        [(r, tuple(m["content"] for m in plan.messages(r))) for r in requests(plan)]
+        [(r, tuple(m["content"] for m in plan.call(r).messages)) for r in requests(plan)]
         for plan in (Plan(config(num_examples=300), seed) for seed in (1, 1, 2))
     )
     assert first == again
@@ -124,7 +165,7 @@ def test_examples_of_a_task_follow_one_another():
 def test_a_prompt_asks_for_everything_in_the_paper(name):
     plan = Plan(config(num_examples=50, mixture={name: 1}))
     request = next(requests(plan))
-    (message,) = plan.messages(request)
+    (message,) = plan.call(request).messages
     task = plan.config.task_types[name]
     prompt = message["content"]
     for value in [v for key, v in request.placeholders.items() if key != "domain" or not task.brainstorm]:
@@ -141,7 +182,7 @@ def test_brainstorms_show_shuffled_examples_and_visit_every_domain():
     plan = Plan(config(domains=["law", "music", "sports"], mixture={"short_long": 1}))
     calls = [plan.brainstorm("short_long", number) for number in range(6)]
     assert sorted(call.placeholders["domain"] for call in calls[:3]) == ["law", "music", "sports"]
-    prompts = {plan.messages(call)[0]["content"] for call in calls}
+    prompts = {plan.call(call).messages[0]["content"] for call in calls}
     assert len(prompts) == 6
     assert all("about 20 strings" in prompt for prompt in prompts)
 
@@ -172,7 +213,8 @@ def test_a_user_adds_a_type_with_an_own_template(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     plan = Plan(load_config(tmp_path / "own.yaml"))
     request = next(requests(plan))
-    assert plan.messages(request) == [{"role": "user", "content": 'Write a sober claim in Yoruba as {"claim": ...}.'}]
+    content = 'Write a sober claim in Yoruba as {"claim": ...}.'
+    assert plan.call(request).messages == [{"role": "user", "content": content}]
     assert request.placeholders == {"domain": "folk medicine", "tone": "sober"}
 
 
@@ -184,8 +226,9 @@ def test_a_hard_negative_can_be_asked_for_where_the_paper_has_none():
     )
     plan = Plan(changed)
     request = next(requests(plan))
-    assert '"hard_negative"' in plan.messages(request)[0]["content"]
-    assert set(plan.answer_model(request).model_fields) == {"input", "positive_document", "hard_negative"}
+    call = plan.call(request)
+    assert '"hard_negative"' in call.messages[0]["content"]
+    assert set(call.answer_model.model_fields) == {"input", "positive_document", "hard_negative"}
 
 
 def test_a_bilingual_type_with_one_document_language():
@@ -198,9 +241,11 @@ def test_a_bilingual_type_with_one_document_language():
     [
         ({"num_example": 3}, "num_example"),
         ({"num_examples": 0}, "num_examples"),
+        ({"num_examples": 10**12}, "num_examples"),
         ({"languages": ["klingon"]}, "klingon"),
         ({"mixture": {"stss": 1}}, "stss"),
         ({"mixture": {"bitext": 1}, "languages": ["en"]}, "two languages"),
+        ({"mixture": {"bitext": 1}, "languages": {"en": 1, "de": 0}}, "two languages"),
         ({"task_types": {"x": {"template": "sts.jinja", "fields": {"query": "a", "positive": "b"}}}}, "x"),
         ({"task_types": {"sts": {"template": "absent.jinja"}}}, "absent.jinja"),
         ({"task_types": {"sts": {"placeholders": {"unit": 3}}}}, "unit"),
@@ -222,7 +267,7 @@ def test_a_template_that_uses_an_unknown_name(tmp_path):
     (tmp_path / "c.yaml").write_text("{models: [m], mixture: {sts: 1}, task_types: {sts: {template: t.jinja}}}")
     plan = Plan(load_config(tmp_path / "c.yaml"))
     with pytest.raises(InputError, match="colour"):
-        plan.messages(next(requests(plan)))
+        plan.call(next(requests(plan)))
 
 
 def test_templates_are_sandboxed(tmp_path):
@@ -230,7 +275,7 @@ def test_templates_are_sandboxed(tmp_path):
     (tmp_path / "c.yaml").write_text("{models: [m], mixture: {sts: 1}, task_types: {sts: {template: t.jinja}}}")
     plan = Plan(load_config(tmp_path / "c.yaml"))
     with pytest.raises(InputError):
-        plan.messages(next(requests(plan)))
+        plan.call(next(requests(plan)))
 
 
 def test_the_estimate_tells_counts_and_cost():
@@ -239,7 +284,3 @@ def test_the_estimate_tells_counts_and_cost():
     assert "English 43.1%" in text
     assert "about $" in text
     assert "no price" in describe_plan(Plan(config()), 100)
-
-
-def test_positions_are_lazy():
-    assert len(list(islice(Plan(config(num_examples=10**12)).positions(), 5))) == 5

@@ -9,9 +9,9 @@ import pytest
 from hf_e5.synthesis.client import Answer
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.cost import Budget
-from hf_e5.synthesis.executors import OnlineExecutor
+from hf_e5.synthesis.executors.online import OnlineExecutor
 from hf_e5.synthesis.plan import Plan, Task
-from hf_e5.synthesis.run import Job, TaskPool
+from hf_e5.synthesis.run import SynthesisRun, TaskPool
 from hf_e5.synthesis.store import AnswerStore
 
 
@@ -36,14 +36,15 @@ class Model:
         return Answer(text=json.dumps(values))
 
 
-def work_off(folder, model, concurrency, max_examples=None, **settings):
+def run(folder, model, concurrency, max_examples=None, **settings):
     async def main():
         store = AnswerStore(folder)
-        job = Job(Plan(load_config({"models": ["m"], **settings})), store, Budget(store), max_examples)
-        await OnlineExecutor(job, model, concurrency).work_off(job.requests())
-        job.close()
+        plan = Plan(load_config({"models": ["m"], **settings}))
+        synthesis = SynthesisRun(plan, store, Budget(store), max_examples)
+        await OnlineExecutor(synthesis, model, concurrency).run()
+        synthesis.close()
         store.close()
-        return job
+        return synthesis
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -52,18 +53,18 @@ def test_answers_in_any_order_lead_to_the_same_requests(tmp_path):
     asked = []
     for number, (concurrency, wait) in enumerate([(1, 0.0), (7, 0.01), (64, 0.02)]):
         model = Model(number, wait)
-        job = work_off(tmp_path / str(number), model, concurrency, num_examples=400)
+        synthesis = run(tmp_path / str(number), model, concurrency, num_examples=400)
         asked.append({call.id: call.messages for call in model.calls})
         assert len(asked[-1]) == len(model.calls)
-        assert job.store.examples == 400
+        assert synthesis.store.examples == 400
     assert asked[0] == asked[1] == asked[2]
 
 
 def test_a_run_in_parts_makes_the_requests_of_one_run(tmp_path):
     whole, parts = Model(0), Model(1, 0.01)
-    work_off(tmp_path / "whole", whole, 1, num_examples=300)
+    run(tmp_path / "whole", whole, 1, num_examples=300)
     for limit in (40, 41, 200, None):
-        work_off(tmp_path / "parts", parts, 32, limit, num_examples=300)
+        run(tmp_path / "parts", parts, 32, limit, num_examples=300)
     examples = [
         sorted((call.id, str(call.messages)) for call in model.calls if "-tasks-" not in call.id)
         for model in (whole, parts)
@@ -73,9 +74,9 @@ def test_a_run_in_parts_makes_the_requests_of_one_run(tmp_path):
 
 def test_alone_at_a_time_the_examples_come_in_the_order_of_the_plan(tmp_path):
     model = Model(0)
-    job = work_off(tmp_path, model, 1, num_examples=200)
+    synthesis = run(tmp_path, model, 1, num_examples=200)
     examples = [call.id for call in model.calls if "-tasks-" not in call.id]
-    assert examples == [job.plan.example_id(position) for position in job.plan.positions()]
+    assert examples == [synthesis.plan.example_id(position) for position in synthesis.plan.positions()]
 
 
 def test_examples_do_not_wait_for_brainstorms_that_are_not_theirs(tmp_path):
@@ -97,17 +98,17 @@ def test_examples_do_not_wait_for_brainstorms_that_are_not_theirs(tmp_path):
             return Answer(text=json.dumps(values))
 
     model = Slow(0)
-    job = work_off(tmp_path, model, 8, **settings)
-    assert job.store.examples == 300
+    synthesis = run(tmp_path, model, 8, **settings)
+    assert synthesis.store.examples == 300
     assert [call.id for call in model.calls].index(held) >= 240
 
 
 def test_no_type_runs_far_ahead_of_one_that_waits(store):
     """A budget may end the run at any moment; what it leaves should hold the types about in their shares."""
     plan = Plan(load_config({"models": ["m"], "num_examples": 30_000, "mixture": {"short_long": 1, "sts": 1}}))
-    requests = Job(plan, store, Budget(store)).requests()
+    requests = SynthesisRun(plan, store, Budget(store)).requests()
     drawn = list(iter(lambda: next(requests), None))
-    brainstorms = [request for request in drawn if request.instruction is None]
+    brainstorms = [request for request in drawn if request.kind == "brainstorm"]
     assert drawn[: len(brainstorms)] == brainstorms
     assert {request.task_type for request in drawn[len(brainstorms) :]} == {"sts"}
     assert len(drawn) - len(brainstorms) == pytest.approx(1000, abs=2)  # every other place of 2,000
@@ -134,14 +135,14 @@ def test_pools_are_deduplicated(store):
 
 def test_a_pool_keeps_the_order_of_its_calls(store):
     pool = TaskPool(Plan(load_config({"models": ["m"]})), store, "short_long", 40)
-    calls = pool.calls()
-    first, second = next(calls), next(calls)
+    requests = pool.requests()
+    first, second = next(requests), next(requests)
     for call in (second, first):
-        assert next(calls) is None
+        assert next(requests) is None
         assert pool.tasks == []
         store.done.add(call.id)
         store.tasks[call.id] = [f"Find {call.id} {number}." for number in range(20)]
-    assert next(calls, "end") == "end"
+    assert next(requests, "end") == "end"
     assert pool.complete
     assert [task.instruction for task in pool.tasks] == [
         task for call in (first, second) for task in store.tasks[call.id]

@@ -15,6 +15,7 @@ def row(number, *, error=None, attempt=1, final=True, cost=0.5):
     answer = {"raw": "??"} if error else {"record": dict.fromkeys(RECORD_COLUMNS, "é") | {"id": f"0-sts-{number}"}}
     return {
         "id": f"0-sts-{number}",
+        "kind": "example",
         "task_type": "sts",
         "model": "m",
         "attempt": attempt,
@@ -49,7 +50,7 @@ def test_totals_and_views(tmp_path):
     store = AnswerStore(tmp_path)
     assert (store.examples, store.prompt_tokens, store.completion_tokens, store.usd) == (2, 12, 16, 1.5)
     assert store.done == {"0-sts-1", "0-sts-2", "0-sts-3"}
-    assert store.failed == {"0-sts-3"}
+    assert set(store.failed) == {"0-sts-3"}
     assert ids(tmp_path / "records.jsonl") == ["0-sts-1", "0-sts-2"]
     (failure,) = read_rows(tmp_path / "failures.jsonl")
     assert failure["reason"] == "http 400: no"
@@ -98,7 +99,7 @@ def test_a_crash_before_the_views_were_written(tmp_path):
 
 
 def test_failures_can_be_opened_again(tmp_path):
-    brainstorm = {**row(9, error="json: no"), "id": "0-sts-tasks-00001"}
+    brainstorm = {**row(9, error="json: no"), "id": "0-sts-tasks-00001", "kind": "brainstorm"}
     write(tmp_path, [row(1, error="json: no"), brainstorm])
     store = AnswerStore(tmp_path)
     assert store.reopen_failures() == 1

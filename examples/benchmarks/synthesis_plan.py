@@ -22,9 +22,9 @@ from pathlib import Path
 from hf_e5.synthesis.client import Answer
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.cost import Budget
-from hf_e5.synthesis.executors import OnlineExecutor
+from hf_e5.synthesis.executors.online import OnlineExecutor
 from hf_e5.synthesis.plan import Plan, Task
-from hf_e5.synthesis.run import Job
+from hf_e5.synthesis.run import SynthesisRun
 from hf_e5.synthesis.store import AnswerStore
 
 
@@ -48,10 +48,9 @@ def memory(kind: str) -> float:
     return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-async def work_off(plan: Plan, folder: Path, limit: int | None) -> AnswerStore:
+async def run(plan: Plan, folder: Path, limit: int | None) -> AnswerStore:
     store = AnswerStore(folder)
-    job = Job(plan, store, Budget(store), limit)
-    await OnlineExecutor(job, Instant(), concurrency=256).work_off(job.requests())
+    await OnlineExecutor(SynthesisRun(plan, store, Budget(store), limit), Instant(), concurrency=256).run()
     store.close()
     return store
 
@@ -62,7 +61,7 @@ def digest(plan: Plan, limit: int) -> str:
     lines = hashlib.sha256()
     for position in plan.positions(limit):
         request = plan.example(position, tasks if plan.config.task_types[position.task_type].brainstorm else None)
-        lines.update(repr((request, plan.messages(request))).encode())
+        lines.update(repr((request, plan.call(request).messages)).encode())
     return lines.hexdigest()[:16]
 
 
@@ -72,7 +71,7 @@ def show_shares(size: int) -> None:
     languages: Counter[str] = Counter()
     for position in plan.positions():
         types[position.task_type] += 1
-        languages[plan.example(position).language] += 1
+        languages[position.language] += 1
     weights = plan.config.mixture
     type_error = max(abs(types[n] / size / (w / sum(weights.values())) - 1) for n, w in weights.items())
     total = sum(plan.config.languages.values())
@@ -95,13 +94,13 @@ def main() -> None:
         start = time.monotonic()
         for share in (0.1, 1.0):
             limit = round(args.examples * share)
-            store = asyncio.run(work_off(Plan(config), Path(folder), limit))
+            store = asyncio.run(run(Plan(config), Path(folder), limit))
             print(
                 f"after {store.examples:,} examples: {memory('VmRSS'):.0f} MB, peak {memory('VmHWM'):.0f} MB "
-                f"({store.answers / (time.monotonic() - start):.0f} answers/s)"
+                f"({len(store.done) / (time.monotonic() - start):.0f} requests/s)"
             )
             del store
-        asyncio.run(work_off(Plan(config), Path(folder), None))
+        asyncio.run(run(Plan(config), Path(folder), None))
         print(f"after a restart that read it all: peak {memory('VmHWM'):.0f} MB")
 
 

@@ -31,7 +31,7 @@ def account(folder: Path, config: dict) -> dict[str, int]:
     plan = Plan(load_config(config))
     planned = {plan.example_id(position) for position in plan.positions()}
     records = [row["id"] for row in read_rows(folder / "records.jsonl")]
-    failures = [row["id"] for row in read_rows(folder / "failures.jsonl") if "-tasks-" not in row["id"]]
+    failures = [row["id"] for row in read_rows(folder / "failures.jsonl") if row["kind"] == "example"]
     seen = Counter(records + failures)
     assert set(seen) == planned, f"{len(planned - set(seen))} lost, {len(set(seen) - planned)} not planned"
     assert max(seen.values()) == 1, f"{sum(count > 1 for count in seen.values())} examples twice"

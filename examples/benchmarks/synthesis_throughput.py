@@ -22,7 +22,7 @@ from pathlib import Path
 import aiohttp
 from llm_server import running_server
 
-from hf_e5.synthesis.capabilities import Call, Dialect
+from hf_e5.synthesis.capabilities import ServerCapabilities
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.pipeline import synthesize
 from hf_e5.synthesis.plan import Plan, Task
@@ -44,9 +44,8 @@ def run_ideal(url: str, number: int, concurrency: int) -> float:
     tasks = [Task("Given a question, retrieve documents that answer it.", "science")]
     bodies = []
     for position in plan.positions():
-        request = plan.example(position, tasks)
-        call = Call(request.id, "m", plan.messages(request), plan.answer_model(request), (1, 1))
-        bodies.append(json.dumps(Dialect().body(call, plan.config)).encode())
+        call = plan.call(plan.example(position, tasks))
+        bodies.append(json.dumps(ServerCapabilities().body(call, plan.config)).encode())
 
     async def main() -> float:
         connector = aiohttp.TCPConnector(limit=concurrency)

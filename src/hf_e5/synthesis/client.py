@@ -1,8 +1,8 @@
-"""Talking to an OpenAI-compatible server: pace, retries, and what this server understands.
+"""The client for OpenAI-compatible servers: rate limits, retries, and adapting to what a server supports.
 
 `ChatClient.ask` sends one request until it is answered. It waits as long as `retry-after` says, backs off with jitter
-otherwise, and never repeats a request that the server called wrong. What the server understands is a `Dialect`: probed
-once per model, corrected when the server complains.
+otherwise, and never repeats a request that the server called wrong. `ServerCapabilities` are probed once per model and
+corrected when the server refuses a parameter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
 from ..errors import InputError
-from .capabilities import LADDER, Call, Dialect
+from .capabilities import RESPONSE_FORMATS, Call, ServerCapabilities
 from .config import SynthesisConfig
 from .parsing import ParseError, parse_answer
 from .taxonomy import Text
@@ -29,14 +29,14 @@ from .taxonomy import Text
 
 MAX_TRIES = 8
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds; doubles from one to the other
-LONGEST_WAIT = 600.0  # seconds; a server that asks for more is left until later
-_PROBE_TRIES = 5  # a wrong address should not take a minute to show
+LONGEST_WAIT = 600.0  # seconds; the run stops where a server asks for more
+_PROBE_TRIES = 5  # so that a wrong address shows within a minute
 _RETRYABLE = {408, 409, 425, 429}  # and every 5xx
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `error` tells why there is no `text` to use; tokens are paid for all the same."""
+    """A server's answer. `error` says why `text` cannot be used; its tokens are billed nevertheless."""
 
     text: str = ""
     error: str | None = None
@@ -48,10 +48,10 @@ class Answer:
 
 
 class Unavailable(Exception):
-    """The server turns every request away (quota used up, or not reachable): stop, and go on later."""
+    """The server rejects every request (quota used up, or not reachable): stop, and resume later."""
 
 
-class Pace:
+class RateLimiter:
     """Spreads `per_minute` units evenly over time; None is no limit."""
 
     def __init__(self, per_minute: float | None) -> None:
@@ -81,7 +81,7 @@ class ChatClient:
     The key is read from `OPENAI_API_KEY`; it is neither stored nor logged. Local servers need none.
 
     Attributes:
-        dialects: what is known of the server, by model; filled by `probe` and by complaints.
+        capabilities: what is known of the server, by model; set by `probe`, corrected by `ask`.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class ChatClient:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY") or ("not-needed" if base_url else None)
         if key is None:
-            raise InputError("no --base_url and no OPENAI_API_KEY in the environment; set one of them")
+            raise InputError("no base_url and no OPENAI_API_KEY in the environment; set one of them")
         self.base_url = base_url
         self.config = config
-        self.dialects: dict[str, Dialect] = {}
-        self._requests, self._tokens = Pace(requests_per_minute), Pace(tokens_per_minute)
+        self.capabilities: dict[str, ServerCapabilities] = {}
+        self._requests, self._tokens = RateLimiter(requests_per_minute), RateLimiter(tokens_per_minute)
         self.openai = openai.AsyncOpenAI(
             api_key=key, base_url=base_url, max_retries=0, timeout=config.timeout, http_client=_http_client()
         )
@@ -108,36 +108,34 @@ class ChatClient:
         await self.openai.close()
 
     async def probe(self, model: str, report: Callable[[Call, Answer], Awaitable[None]]) -> None:
-        """Find the highest rung of the ladder (JSON schema, JSON mode, plain text) that the server truly follows.
+        """Find the strictest response format (JSON schema, JSON mode, plain text) that the server truly follows.
 
-        A server that ignores `response_format` answers the question in prose; one that knows it gives JSON.
+        A server that ignores `response_format` answers the question in prose; one that supports it returns JSON.
         `report` is awaited with each question and its answer.
 
         Raises:
             Unavailable: the server does not answer.
         """
+        messages = [{"role": "user", "content": "What is the capital of France? (json)"}]
         try:
-            self.dialects[model] = await self._climb_down(model, report)
+            for response_format in RESPONSE_FORMATS[:-1]:
+                self.capabilities[model] = replace(self.capabilities_of(model), response_format=response_format)
+                answer_model = Capital if response_format == "json_schema" else None
+                call = Call(f"probe-{model}-{response_format}", model, messages, answer_model, (30, 30))
+                answer = await self.ask(call, _PROBE_TRIES)
+                if answer.final and not answer.finish_reason:
+                    raise Unavailable(f"{self._address}: {answer.error}")
+                await report(call, answer)
+                # `ask` may have gone on to a weaker format.
+                if self.capabilities[model].response_format == response_format and _is_json(answer, answer_model):
+                    return
+            self.capabilities[model] = replace(self.capabilities[model], response_format=RESPONSE_FORMATS[-1])
         except BaseException:
-            self.dialects.pop(model, None)  # half a probe is no knowledge
+            self.capabilities.pop(model, None)  # discard a partial probe
             raise
 
-    async def _climb_down(self, model: str, report: Callable[[Call, Answer], Awaitable[None]]) -> Dialect:
-        messages = [{"role": "user", "content": "What is the capital of France? (json)"}]
-        for structured in LADDER[:-1]:
-            self.dialects[model] = replace(self.dialect(model), structured=structured)
-            answer_model = Capital if structured == "json_schema" else None
-            call = Call(f"probe-{model}-{structured}", model, messages, answer_model, (30, 30))
-            answer = await self.ask(call, _PROBE_TRIES)
-            if answer.final and not answer.finish_reason:
-                raise Unavailable(f"{self.base_url or 'the OpenAI API'}: {answer.error}")
-            await report(call, answer)
-            if self.dialect(model).structured == structured and _is_json(answer, structured):
-                return self.dialect(model)
-        return replace(self.dialect(model), structured=LADDER[-1])
-
-    def dialect(self, model: str) -> Dialect:
-        return self.dialects.get(model, Dialect())
+    def capabilities_of(self, model: str) -> ServerCapabilities:
+        return self.capabilities.get(model, ServerCapabilities())
 
     async def ask(self, call: Call, tries: int = MAX_TRIES) -> Answer:
         """Make a call until it is answered, at most `tries` times.
@@ -156,60 +154,63 @@ class ChatClient:
             if wait:
                 await asyncio.sleep(wait)
             delay = min(FIRST_DELAY * 2 ** (attempt - 1), LONGEST_DELAY) * random.uniform(1, 1.25)
-            dialect = self.dialect(call.model)
+            capabilities = self.capabilities_of(call.model)
             try:
                 # `post` instead of `chat.completions.create`: the same request without half its processor time.
                 completion = await self.openai.post(
                     "/chat/completions",
                     cast_to=ChatCompletion,
-                    body=dialect.body(call, self.config),
+                    body=capabilities.body(call, self.config),
                     options={"headers": {"X-Client-Request-Id": call.id.encode("ascii", "replace").decode()}},
                 )
                 answer = read_completion(completion)
                 self._tokens.correct(answer.prompt_tokens + answer.completion_tokens - expected)
                 return answer
             except openai.APIStatusError as failure:
-                error = f"http {failure.status_code}: {self._tell(failure.message)}"
-                self._raise_if_hopeless(failure)
-                if failure.status_code in (400, 422) and self._adapt(call.model, dialect, f"{failure.body} {error}"):
+                status, error = failure.status_code, f"http {failure.status_code}: {self._redact(failure.message)}"
+                self._raise_if_unusable(failure)
+                if status in (400, 422) and self._adapt(call.model, capabilities, f"{failure.body} {error}"):
                     continue
-                if failure.status_code not in _RETRYABLE and failure.status_code < 500:
+                if status not in _RETRYABLE and status < 500:
                     return Answer(error=error, final=True, request_id=failure.request_id)
                 delay = max(delay, _retry_after(failure.response.headers))
             except openai.APIConnectionError as failure:
                 cause = failure.__cause__ or failure
                 timed_out = isinstance(failure, openai.APITimeoutError) and "Connect" not in type(cause).__name__
-                error = f"timeout: {self.config.timeout:g} s" if timed_out else f"connection: {self._tell(str(cause))}"
+                error = (
+                    f"timeout: {self.config.timeout:g} s" if timed_out else f"connection: {self._redact(str(cause))}"
+                )
             except (openai.APIError, ValueError) as failure:  # a body that is no JSON, or no chat completion
-                error = f"body: {self._tell(str(failure))}"
+                error = f"body: {self._redact(str(failure))}"
             if delay > LONGEST_WAIT:
                 raise Unavailable(f"the server asks to wait {delay / 60:.0f} minutes ({error})")
             if attempt < tries:
                 await asyncio.sleep(delay)
         return Answer(error=f"{error} ({tries} tries)", final=True)
 
-    def _tell(self, message: str) -> str:
-        """Shorten a server's message to a line, without the key that some servers echo."""
+    @property
+    def _address(self) -> str:
+        return self.base_url or "the OpenAI API"
+
+    def _redact(self, message: str) -> str:
+        """Shorten a server's message to one line and remove the key, which some servers echo."""
         return _short(message.replace(self.openai.api_key, "***"))
 
-    def _raise_if_hopeless(self, failure: openai.APIStatusError) -> None:
-        """Raise for what concerns every request, not this one."""
-        status = failure.status_code
+    def _raise_if_unusable(self, failure: openai.APIStatusError) -> None:
+        """Raise for an error that every request would meet."""
+        status, message = failure.status_code, self._redact(failure.message)
         if status in (401, 403, 404):
-            address = self.base_url or "the OpenAI API"
-            raise InputError(
-                f"{address} says {status}: {self._tell(failure.message)}; check key, --model and --base_url"
-            )
+            raise InputError(f"{self._address} says {status}: {message}; check key, model and base_url")
         if status == 402 or failure.code == "insufficient_quota":
-            raise Unavailable(f"the account's quota is used up ({self._tell(failure.message)})")
+            raise Unavailable(f"the account's quota is used up ({message})")
 
-    def _adapt(self, model: str, used: Dialect, complaint: str) -> bool:
-        """Change the model's dialect after a complaint about a parameter; False if the complaint is about none."""
-        if self.dialect(model) != used:
-            return True  # another request met the same complaint first
-        if (changed := used.after(complaint)) is None:
+    def _adapt(self, model: str, used: ServerCapabilities, message: str) -> bool:
+        """Leave out what an error message refuses; False if it refuses no parameter."""
+        if self.capabilities_of(model) != used:
+            return True  # another request got the same message first
+        if (changed := used.without(message)) is None:
             return False
-        self.dialects[model] = changed
+        self.capabilities[model] = changed
         return True
 
 
@@ -251,15 +252,16 @@ def _http_client() -> Any:
         return None
 
 
-def _is_json(answer: Answer, structured: str) -> bool:
+def _is_json(answer: Answer, answer_model: type[BaseModel] | None) -> bool:
     if answer.error:
         return False
+    if answer_model is None:
+        return answer.text.lstrip().startswith("{")
     try:
-        if structured == "json_schema":
-            parse_answer(answer.text, Capital)
-        return answer.text.lstrip().startswith("{") or structured == "json_schema"
+        parse_answer(answer.text, answer_model)
     except ParseError:
         return False
+    return True
 
 
 def _retry_after(headers: Any) -> float:

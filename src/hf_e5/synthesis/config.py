@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..errors import InputError
 from ..languages import language_name, load_languages
@@ -25,11 +25,11 @@ class SynthesisConfig(BaseModel):
 
     Args:
         num_examples: size of the whole plan; the paper's figure 2 adds up to 507,000.
-        mixture: task types and their shares in any unit; all types with their own `weight` when left out.
         task_types: new types, or changes to the built-in ones (`taxonomy.TaskType`).
+        mixture: task types and their shares in any unit; all types with their own `weight` when left out.
         models: model names and their shares of the calls.
-        languages: ISO codes (a list means equal shares, a mapping gives them); the paper's 93 when left out.
         language_names: English names of further languages by ISO code.
+        languages: ISO codes (a list means equal shares, a mapping gives them); the paper's 93 when left out.
         document_languages: the same for the documents of bilingual types; `languages` when left out.
         domains: topics that seed brainstorms and one-step examples.
         examples_per_task: examples written for each brainstormed task; the paper has about two.
@@ -39,15 +39,15 @@ class SynthesisConfig(BaseModel):
         prices: USD per million input and output tokens by model name, before those of `resources/prices.tsv`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
-    num_examples: int = Field(507_000, ge=1)
-    mixture: dict[str, float] = {}
+    num_examples: int = Field(507_000, ge=1, le=100_000_000)
     task_types: dict[str, TaskType]
+    mixture: dict[str, float] = {}
     models: dict[str, float] = {}
+    language_names: dict[str, str] = {}
     languages: dict[str, float] = {}
     document_languages: dict[str, float] = {}
-    language_names: dict[str, str] = {}
     domains: list[str] = []
     examples_per_task: int = Field(2, ge=1)
     system_prompt: str | None = None
@@ -61,35 +61,41 @@ class SynthesisConfig(BaseModel):
 
     @field_validator("mixture", "models", "languages", "document_languages", mode="before")
     @classmethod
-    def _weigh(cls, values: Any) -> dict[str, float]:
-        return weighted(values) if values else {}
+    def _fill_weights(cls, values: Any, info: ValidationInfo) -> dict[str, float]:
+        if values:
+            return weighted(values)
+        if info.field_name == "mixture":
+            return {name: task.weight for name, task in info.data.get("task_types", {}).items()}
+        if info.field_name == "languages":
+            return {language.code: language.share for language in load_languages().values()}
+        return info.data.get("languages", {}) if info.field_name == "document_languages" else {}
 
-    def model_post_init(self, _: Any) -> None:
-        mixture = self.mixture or {name: task.weight for name, task in self.task_types.items()}
-        if unknown := set(mixture) - set(self.task_types):
+    @field_validator("mixture")
+    @classmethod
+    def _drop_unused(cls, mixture: dict[str, float]) -> dict[str, float]:
+        return {name: weight for name, weight in mixture.items() if weight}
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _fill_domains(cls, domains: Any) -> Any:
+        listed = files("hf_e5.synthesis").joinpath("resources/domains.txt")
+        return domains or listed.read_text(encoding="utf-8").splitlines()
+
+    @model_validator(mode="after")
+    def _check(self) -> SynthesisConfig:
+        if unknown := set(self.mixture) - set(self.task_types):
             raise ValueError(f"mixture: no task type is called {sorted(unknown)[0]!r}")
-        languages = self.languages or {language.code: language.share for language in load_languages().values()}
-        domains = (
-            self.domains
-            or files("hf_e5.synthesis").joinpath("resources/domains.txt").read_text(encoding="utf-8").splitlines()
-        )
-        filled = {
-            "mixture": {name: weight for name, weight in mixture.items() if weight},
-            "languages": languages,
-            "document_languages": self.document_languages or languages,
-            "domains": domains,
-        }
-        for name, value in filled.items():
-            object.__setattr__(self, name, value)
         for code in {*self.languages, *self.document_languages}:
             self.language_name(code)
         for name in self.mixture:
             self._check_task_type(name, self.task_types[name])
+        return self
 
     def _check_task_type(self, name: str, task: TaskType) -> None:
         if (task.brainstorm is None) == (task.instruction is None):
             raise ValueError(f"task_types.{name}: give either `brainstorm` (two steps) or `instruction` (one step)")
-        if task.bilingual and len({*self.languages, *self.document_languages}) < 2:
+        weights = [*self.languages.items(), *self.document_languages.items()]
+        if task.bilingual and len({code for code, weight in weights if weight}) < 2:
             raise ValueError(f"task_types.{name}: a bilingual type needs two languages; add `document_languages`")
         for template in [task.template, *([task.brainstorm.template] if task.brainstorm else [])]:
             try:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import csv
-from collections import Counter
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import islice
+from statistics import fmean
 
+from .capabilities import Call
 from .plan import Plan, Task
 from .store import AnswerStore
 
 
 BATCH_DISCOUNT = 0.5  # the OpenAI Batch API bills half
 Prices = dict[str, tuple[float, float]]
-_SAMPLE = 500  # requests that are rendered to measure prompts
+_SAMPLE = 100  # requests of a type that are rendered to measure prompts
 MAX_FAILURES_IN_A_ROW = 100
 
 
@@ -32,29 +34,37 @@ def listed_prices() -> Prices:
     return {row["model"]: (float(row["input"]), float(row["output"])) for row in rows}
 
 
-def find_price(model: str, own: Prices | None = None) -> tuple[float, float] | None:
-    """Return a model's price, or None if it has none; a dated name ("gpt-4o-2024-08-06") has that of its family."""
-    if own and model in own:
-        return own[model]
-    families = [name for name in listed_prices() if model == name or model.startswith(f"{name}-20")]
-    return listed_prices()[max(families, key=len)] if families else None
+@dataclass(frozen=True)
+class PriceList:
+    """What models charge: the user's `own` prices before the listed ones, times `factor` (less than 1 for batches)."""
 
+    own: Prices = field(default_factory=dict)
+    factor: float = 1.0
 
-def cost_of(price: tuple[float, float] | None, prompt_tokens: float, completion_tokens: float) -> float | None:
-    """Return USD, or None without a price."""
-    return None if price is None else (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
+    def find(self, model: str) -> tuple[float, float] | None:
+        """Return a model's price, None if it has none; a dated name ("gpt-4o-2024-08-06") has that of its family."""
+        if model in self.own:
+            return self.own[model]
+        families = [name for name in listed_prices() if model == name or model.startswith(f"{name}-20")]
+        return listed_prices()[max(families, key=len)] if families else None
+
+    def cost(self, model: str, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Return USD, or None without a price."""
+        price = self.find(model)
+        return price and (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6 * self.factor
+
+    def expected(self, call: Call) -> tuple[int, float]:
+        """Estimate the tokens and USD of a call; 0 USD without a price."""
+        return sum(call.expected_tokens), self.cost(call.model, *call.expected_tokens) or 0.0
 
 
 def describe_plan(plan: Plan, max_examples: int | None = None) -> str:
     """Return the plan as text: counts by type and language, calls, tokens and cost (estimates)."""
     config = plan.config
-    num_tasks = plan.num_tasks(max_examples)
-    types: Counter[str] = Counter()
-    for position in plan.positions(max_examples):
-        types[position.task_type] += 1
-    total = sum(types.values())
+    counts, num_tasks = plan.num_examples(max_examples), plan.num_tasks(max_examples)
+    total = sum(counts.values())
     lines = [f"{total:,} examples (seed {plan.seed}, shard {plan.shard[0]}/{plan.shard[1]})", ""]
-    for name, count in types.items():
+    for name, count in counts.items():
         tasks = f", {num_tasks[name]:,} brainstormed tasks" if name in num_tasks else ""
         lines.append(f"  {name:<14}{count:>9,}  {count / total:6.1%}{tasks}")
 
@@ -64,52 +74,46 @@ def describe_plan(plan: Plan, max_examples: int | None = None) -> str:
     more = f", and {len(top) - 15} more" if len(top) > 15 else ""
     lines += ["", f"{len(top)} languages: {', '.join(shares)}{more}", ""]
 
-    calls, prompt, answer, usd, unpriced = _totals(plan, types, num_tasks, max_examples)
+    calls, prompt, answer = _estimate(plan, max_examples)
     lines.append(f"{calls:,} calls, about {prompt / 1e6:,.2f}M tokens in and {answer / 1e6:,.2f}M out")
-    if unpriced:
-        lines.append(f"no price known for {', '.join(sorted(unpriced))}; add `prices` to the configuration")
+    prices, models = PriceList(config.prices), config.models
+    costs = {model: prices.cost(model, weight * prompt, weight * answer) for model, weight in models.items()}
+    if unpriced := sorted(model for model, cost in costs.items() if cost is None):
+        lines.append(f"no price known for {', '.join(unpriced)}; add `prices` to the configuration")
     else:
-        lines.append(f"about ${usd:,.2f}, or ${usd * BATCH_DISCOUNT:,.2f} with --mode batch")
+        usd = sum(filter(None, costs.values())) / sum(models.values())
+        lines.append(f"about ${usd:,.2f}, or ${usd * BATCH_DISCOUNT:,.2f} through the Batch API")
     return "\n".join(lines)
 
 
-def _totals(
-    plan: Plan, types: Counter[str], num_tasks: dict[str, int], max_examples: int | None
-) -> tuple[int, float, float, float, set[str]]:
-    """Return calls, prompt tokens, answer tokens, USD and models without a price, scaled up from a sample."""
-    config = plan.config
-    shares = {model: weight / sum(config.models.values()) for model, weight in config.models.items()}
+def _estimate(plan: Plan, max_examples: int | None) -> tuple[int, float, float]:
+    """Return the number of calls, prompt tokens and answer tokens, scaled up from a sample of each task type."""
+    num_tasks = plan.num_tasks(max_examples)
     stand_in = [Task("Given a question about a field, retrieve documents that answer the question.", "science")]
-    sizes: dict[str, list[tuple[int, int]]] = {}
-    for position in islice(plan.positions(max_examples), _SAMPLE):
-        two_step = position.task_type in num_tasks
-        request = plan.example(position, stand_in if two_step else None)
-        sizes.setdefault(position.task_type, []).append(plan.expected_tokens(request, plan.messages(request)))
-    groups = [(types[name], sizes.get(name) or [(300, config.task_types[name].output_tokens)]) for name in types]
-    for name, tasks in num_tasks.items():
-        brainstorm = config.task_types[name].brainstorm
-        request = plan.brainstorm(name, 0)
-        calls = -(-tasks // brainstorm.num_tasks) if brainstorm else 0
-        groups.append((calls, [plan.expected_tokens(request, plan.messages(request))]))
-
-    calls = sum(count for count, _ in groups)
+    groups = []  # a number of calls, and a sample of them
+    for name, count in plan.num_examples(max_examples).items():
+        tasks = stand_in if name in num_tasks else None
+        sample = islice(plan.positions(max_examples, name), _SAMPLE)
+        groups.append((count, [plan.call(plan.example(position, tasks)) for position in sample]))
+        if brainstorm := plan.config.task_types[name].brainstorm:
+            number = math.ceil(num_tasks[name] / brainstorm.num_tasks)
+            groups.append((number, [plan.call(plan.brainstorm(name, 0))]))
     prompt, answer = (
-        sum(count * sum(size[side] for size in sample) / len(sample) for count, sample in groups) for side in (0, 1)
+        sum(count * fmean(call.expected_tokens[side] for call in sample) for count, sample in groups)
+        for side in (0, 1)
     )
-    prices = {model: find_price(model, config.prices) for model in shares}
-    usd = sum(share * (cost_of(prices[model], prompt, answer) or 0.0) for model, share in shares.items())
-    return calls, prompt, answer, usd, {model for model, price in prices.items() if price is None}
+    return sum(count for count, _ in groups), prompt, answer
 
 
 @dataclass
 class Budget:
     """What may be spent in a folder, over all its runs.
 
-    Calls under way are counted at their expected size, so that a limit is passed by one answer at most, or so.
+    Calls under way are counted at their expected size, so a limit is exceeded by about one answer at most.
 
     Attributes:
         reason: why no further request may start; None while the run goes on.
-        failed: the reason is a fault, not a limit or a wish.
+        failed: the reason is an error, not a limit or the user.
         interrupted: the user wants the run to end soon.
     """
 
@@ -139,7 +143,7 @@ class Budget:
         return self.reason is None
 
     def is_full(self) -> bool:
-        """Tell whether what is under way may use up what is left: then it must come home before more starts."""
+        """Tell whether the calls under way may use up what is left: no more may start until they are answered."""
         return self._calls_under_way > 0 and (
             (self.max_usd is not None and self.store.usd + self._usd_under_way >= self.max_usd)
             or (self.max_tokens is not None and self.store.tokens + self._tokens_under_way >= self.max_tokens)
@@ -152,17 +156,17 @@ class Budget:
         return self.reason is None
 
     def start(self, tokens: float, usd: float, calls: int = 1) -> None:
-        """Count calls as under way, at what they are expected to take."""
+        """Count calls as under way, at the tokens and USD that they are expected to take."""
         self._tokens_under_way += tokens
         self._usd_under_way += usd
         self._calls_under_way += calls
 
     def finish(self, tokens: float, usd: float, calls: int = 1) -> None:
-        """Take back what `start` counted: the store has the true numbers by now."""
+        """Undo `start`: the store has the true numbers now."""
         self.start(-tokens, -usd, -calls)
 
-    def note(self, error: str | None) -> None:
-        """Watch for a server that fails every request: it would spend the budget on nothing."""
+    def record_failure(self, error: str | None) -> None:
+        """Count failures in a row (None: a success), and stop if there are too many: they only spend the budget."""
         self._failures_in_a_row = self._failures_in_a_row + 1 if error else 0
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.stop(f"the last {MAX_FAILURES_IN_A_ROW} answers failed, the last one: {error}", failed=True)

@@ -8,67 +8,59 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
 from ..files import whole_file
-from .capabilities import Dialect
+from .capabilities import ServerCapabilities
 from .client import ChatClient, Unavailable
 from .config import SynthesisConfig, load_config
-from .cost import BATCH_DISCOUNT, Budget, find_price
-from .executors import BatchExecutor, OnlineExecutor
+from .cost import BATCH_DISCOUNT, Budget, PriceList
+from .executors import Executor
+from .executors.batch import BatchExecutor
+from .executors.online import OnlineExecutor
 from .plan import Plan
-from .run import Job
+from .run import SynthesisRun
 from .store import AnswerStore
 
 
 SERVER_NAME = "server.json"
 
 
-@dataclass(frozen=True)
-class SynthesisOptions:
-    """How to run a configuration; none of it changes what is planned, except `seed` and `shard`.
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
-    Args:
-        models: model names and their shares of the calls; replaces those of the configuration.
-        base_url: address of an OpenAI-compatible server; `OPENAI_BASE_URL` or OpenAI itself when None.
-        seed: two runs with one configuration and seed plan the same.
-        shard: `(i, n)`: this machine's part of the plan; the outputs of all n concatenate.
-        max_examples: stop after this many of the plan's examples.
-        max_usd, max_tokens: stop when all runs in the folder together have spent this much.
-        concurrency: requests under way at once.
-        requests_per_minute, tokens_per_minute: upper limits on what is sent.
-        mode: `online`, or `batch` for the OpenAI Batch API.
-        retry_failures: ask again for the examples in `failures.jsonl`.
-        poll_seconds: how often `batch` looks after its batches.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisOptions:
+    """The keyword arguments of `synthesize`; those with a `help` text are flags of `hf-e5 synthesize` as they are."""
 
     models: dict[str, float] | None = None
-    base_url: str | None = None
-    seed: int = 0
+    base_url: str | None = _option(None, "OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    seed: int = _option(0, "the same seed plans the same requests")
     shard: tuple[int, int] = (0, 1)
-    max_examples: int | None = None
-    max_usd: float | None = None
-    max_tokens: int | None = None
-    concurrency: int = 64
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    mode: Literal["online", "batch"] = "online"
-    retry_failures: bool = False
+    max_examples: int | None = _option(None, "stop after the first N examples of the plan")
+    max_usd: float | None = _option(None, "stop when the folder has cost this much")
+    max_tokens: int | None = _option(None, "stop when the folder has used this many tokens")
+    concurrency: int = _option(64, "requests at once")
+    requests_per_minute: float | None = _option(None, "upper limit on what is sent")
+    tokens_per_minute: float | None = _option(None, "upper limit on what is sent")
+    mode: Literal["online", "batch"] = _option("online", "batch: OpenAI Batch API")
+    retry_failures: bool = _option(False, "ask again for what is in failures.jsonl")
     poll_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         number, of = self.shard
         if not 0 <= number < of:
-            raise InputError(f"--shard {number}/{of}: expected i/n with i from 0 to n - 1")
+            raise InputError(f"shard {number}/{of}: expected i/n with i from 0 to n - 1")
         if self.concurrency < 1:
-            raise InputError(f"--concurrency {self.concurrency}: expected 1 or more")
+            raise InputError(f"concurrency {self.concurrency}: expected 1 or more")
         for name in ("max_examples", "max_usd", "max_tokens", "requests_per_minute", "tokens_per_minute"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise InputError(f"--{name} {value}: expected a positive number")
+                raise InputError(f"{name} {value}: expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -87,43 +79,70 @@ class SynthesisResult:
 
 
 def synthesize(
-    config: str | Path | dict[str, Any] | SynthesisConfig, output: str | Path, **options: Any
+    config: str | Path | dict[str, Any] | SynthesisConfig,
+    output: str | Path,
+    *,
+    models: dict[str, float] | None = None,
+    base_url: str | None = None,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    max_examples: int | None = None,
+    max_usd: float | None = None,
+    max_tokens: int | None = None,
+    concurrency: int = 64,
+    requests_per_minute: float | None = None,
+    tokens_per_minute: float | None = None,
+    mode: Literal["online", "batch"] = "online",
+    retry_failures: bool = False,
+    poll_seconds: float = 30.0,
 ) -> SynthesisResult:
     """Generate records with an LLM (paper, section 3.1), or go on where an earlier run in the folder ended.
+
+    Only `seed` and `shard` change what is planned.
 
     Args:
         config: a YAML file, or the same as a mapping (`SynthesisConfig`).
         output: the folder for `records.jsonl` and `failures.jsonl`; `store` tells what else is in it.
-        options: see `SynthesisOptions`.
+        models: model names and their shares of the calls; replaces those of the configuration.
+        base_url: address of an OpenAI-compatible server; `OPENAI_BASE_URL` or OpenAI itself when None.
+        seed: two runs with one configuration and seed plan the same.
+        shard: `(i, n)`: this machine's part of the plan; the outputs of all n concatenate.
+        max_examples: stop after this many of the plan's examples.
+        max_usd, max_tokens: stop when all runs in the folder together have spent this much.
+        concurrency: requests under way at once.
+        requests_per_minute, tokens_per_minute: upper limits on what is sent.
+        mode: `online`, or `batch` for the OpenAI Batch API.
+        retry_failures: ask again for the examples in `failures.jsonl`.
+        poll_seconds: how often `batch` polls its batches.
 
     Raises:
         InputError: wrong configuration, key, model or address, or a folder that was begun with another plan.
     """
-    chosen = SynthesisOptions(**options)
-    loaded = load_config(config, models=chosen.models)
-    plan = make_plan(loaded, chosen)
-    job_main = partial(_run, plan, Path(output), chosen)
+    options = SynthesisOptions(**{name: value for name, value in locals().items() if name not in ("config", "output")})
+    main = partial(_run, make_plan(config, options), Path(output), options)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(job_main())
+        return asyncio.run(main())
     with ThreadPoolExecutor(1) as thread:  # a notebook runs a loop of its own
-        return thread.submit(lambda: asyncio.run(job_main())).result()
+        return thread.submit(lambda: asyncio.run(main())).result()
 
 
-def make_plan(config: SynthesisConfig, options: SynthesisOptions) -> Plan:
+def make_plan(config: str | Path | dict[str, Any] | SynthesisConfig, options: SynthesisOptions) -> Plan:
     """Return the plan of a run.
 
     Raises:
-        InputError: no model is named, or a budget in USD is set for a model without a price.
+        InputError: wrong configuration, no model is named, or a budget in USD is set for a model without a price.
     """
-    if not config.models:
-        raise InputError("no model: name one with --model, or under `models` in the configuration")
-    unpriced = [model for model in config.models if find_price(model, config.prices) is None]
+    loaded = load_config(config, models=options.models)
+    if not loaded.models:
+        raise InputError("models: name one as an argument or in the configuration")
+    prices = PriceList(loaded.prices)
+    unpriced = [model for model in loaded.models if prices.find(model) is None]
     if options.max_usd is not None and unpriced:
         hint = f"prices: {{{unpriced[0]}: [IN, OUT]}}"
-        raise InputError(f"--max_usd: no price is known for {unpriced[0]}; add `{hint}` (USD per million tokens)")
-    return Plan(config, options.seed, options.shard)
+        raise InputError(f"max_usd: no price is known for {unpriced[0]}; add `{hint}` (USD per million tokens)")
+    return Plan(loaded, options.seed, options.shard)
 
 
 async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> SynthesisResult:
@@ -136,34 +155,33 @@ async def _run(plan: Plan, folder: Path, options: SynthesisOptions) -> Synthesis
             tokens_per_minute=options.tokens_per_minute,
         )
         stack.push_async_callback(client.close)
-        identity = {"configuration": config.fingerprint, "seed": plan.seed, "shard": list(plan.shard)}
-        store = AnswerStore(folder, identity)
+        store = AnswerStore(folder, plan.identity)
         stack.callback(store.close)
         stack.push_async_callback(store.drain)
         if options.retry_failures:
             store.reopen_failures()
         budget = Budget(store, options.max_usd, options.max_tokens)
-        job = Job(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
-        stack.callback(job.close)
-        client.dialects.update(_load_dialects(folder, client.base_url))
-        stack.callback(_save_dialects, folder, client)
+        synthesis = SynthesisRun(plan, store, budget, options.max_examples, BATCH_DISCOUNT if batched else 1.0)
+        stack.callback(synthesis.close)
+        client.capabilities.update(_load_capabilities(folder, client.base_url))
+        stack.callback(_save_capabilities, folder, client)
         _stop_on_signals(budget)
         try:
             for model in config.models:
-                if model not in client.dialects and budget.is_open():
-                    await client.probe(model, job.keep_probe)
-                    _save_dialects(folder, client)
-            executor = (
-                BatchExecutor(job, client, options.poll_seconds)
+                if model not in client.capabilities and budget.is_open():
+                    await client.probe(model, synthesis.record_probe)
+                    _save_capabilities(folder, client)
+            executor: Executor = (
+                BatchExecutor(synthesis, client, options.poll_seconds)
                 if batched
-                else OnlineExecutor(job, client, options.concurrency)
+                else OnlineExecutor(synthesis, client, options.concurrency)
             )
-            await executor.work_off(job.requests())
+            await executor.run()
         except Unavailable as error:
             budget.stop(str(error), failed=True)
     return SynthesisResult(
         folder=folder,
-        planned=job.num_examples,
+        planned=synthesis.num_examples,
         examples=store.examples,
         failures=len(store.failed),
         prompt_tokens=store.prompt_tokens,
@@ -188,17 +206,17 @@ def _stop_on_signals(budget: Budget) -> None:
             loop.add_signal_handler(number, stop, number)
 
 
-def _load_dialects(folder: Path, base_url: str | None) -> dict[str, Dialect]:
+def _load_capabilities(folder: Path, base_url: str | None) -> dict[str, ServerCapabilities]:
     try:
         saved = json.loads((folder / SERVER_NAME).read_text(encoding="utf-8"))
         if saved["base_url"] == base_url:
-            return {model: Dialect(**dialect) for model, dialect in saved["models"].items()}
+            return {model: ServerCapabilities(**values) for model, values in saved["models"].items()}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing known: the server is asked again
+        pass  # nothing known: the server is probed again
     return {}
 
 
-def _save_dialects(folder: Path, client: ChatClient) -> None:
-    models = {model: asdict(dialect) for model, dialect in client.dialects.items()}
+def _save_capabilities(folder: Path, client: ChatClient) -> None:
+    models = {model: asdict(capabilities) for model, capabilities in client.capabilities.items()}
     with whole_file(folder / SERVER_NAME, "w") as file:
         file.write(json.dumps({"base_url": client.base_url, "models": models}, indent=2) + "\n")

@@ -1,39 +1,42 @@
 """The plan: which requests are made, in which order, fixed by the configuration and the seed alone.
 
-Nothing of the plan is stored: position `i` is computed when it is needed, so that 500,000 examples cost no memory.
-
-* Task types are interleaved evenly: the j-th of n examples of a type stands at (j + 1/2) / n of the plan, so that
-  every prefix holds the types in their shares.
-* Languages follow a lattice: position i has rank `stride * i + offset mod N`, a permutation of 0..N-1 whose every
-  stretch is spread evenly, so that shares are exact to one example for the whole plan and close for every prefix.
+* Task types: the j-th of n examples of a type stands at (j + 1/2) / n of the plan, so every prefix holds the types in
+  their shares.
+* Languages: places sorted by `i * golden ratio mod 1` are cut into one stretch per language. Each language has its
+  share of the whole plan to one example; and as these fractions fill [0, 1) evenly, nearly so in every prefix, shard
+  and task type.
 * All else is drawn from a generator that is seeded with the request's id.
-* A shard of n takes every n-th position and brainstorms its own tasks.
+* A shard of n takes every n-th place and brainstorms its own tasks.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
-from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel
 
+from .capabilities import Call
 from .config import SynthesisConfig
 from .taxonomy import TaskList
 
 
+_VERSION = 2  # another version plans other requests for the same configuration and seed
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # of 2**64: integers wrap around where fractions would lose digits
+
+
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask a model for: a list of tasks (`instruction` is None), or one example.
+    """One thing to ask a model for: an example of a task type, a list of tasks (`brainstorm`), or a server's probe.
 
-    Languages are ISO codes; `placeholders` are the values drawn for it.
+    Languages are ISO codes; `placeholders` are the values drawn for it. Only an example has instruction and languages.
     """
 
+    kind: Literal["example", "brainstorm", "probe"]
     id: str
     task_type: str
     model: str
@@ -51,21 +54,25 @@ class Task(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in the plan: its number, the task type, the index within the type, and that within type and shard."""
+    """A place in the plan: its number, task type, index within the type, index within type and shard, language."""
 
     number: int
     task_type: str
     type_index: int
     shard_index: int
+    language: str
 
 
 class Plan:
-    """All requests of a run.
+    """All requests of a run, in 12 bytes per example.
 
     Args:
         config: what to generate.
         seed: two plans with one configuration and seed are the same.
         shard: `(i, n)`: the i-th of n disjoint parts.
+
+    Attributes:
+        counts: number of examples by task type, over all shards.
     """
 
     def __init__(self, config: SynthesisConfig, seed: int = 0, shard: tuple[int, int] = (0, 1)) -> None:
@@ -73,26 +80,49 @@ class Plan:
         self.seed = seed
         self.shard = shard
         self.counts = apportion(config.mixture, config.num_examples)
-        self._languages = _Draw(config.languages)
-        self._document_languages = _Draw(config.document_languages)
-        self._models = _Draw(config.models)
-        self._stride = _lattice_stride(config.num_examples)
-        self._offset = random.Random(f"{seed}:languages").randrange(config.num_examples)
+        self._types, self._languages = list(self.counts), list(config.languages)
+        number, of = shard
+        types, indices = _interleave(list(self.counts.values()))
+        languages = _spread(apportion(config.languages, config.num_examples), random.Random(f"{seed}:languages"))
+        # Of each place of this shard: task type, index within the type, index within type and shard, language.
+        self._type, self._index, self._language = types[number::of], indices[number::of], languages[number::of]
+        self._shard_index = np.empty_like(self._index)
+        for type_ in range(len(self._types)):
+            of_type = self._type == type_
+            self._shard_index[of_type] = np.arange(np.count_nonzero(of_type))
 
-    def positions(self, limit: int | None = None) -> Iterator[Position]:
-        """Yield this shard's places in order, at most `limit`."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the requests; all runs in one folder have the same."""
+        fingerprint = self.config.fingerprint
+        return {"plan_version": _VERSION, "configuration": fingerprint, "seed": self.seed, "shard": list(self.shard)}
+
+    def num_examples(self, limit: int | None = None) -> dict[str, int]:
+        """Return how many of this shard's first `limit` examples each task type has, if it has any."""
+        counts = np.bincount(self._type[:limit], minlength=len(self._types))
+        return {name: int(count) for name, count in zip(self._types, counts, strict=True) if count}
+
+    def num_tasks(self, limit: int | None = None) -> dict[str, int]:
+        """Return how many brainstormed tasks the first `limit` examples of this shard need, by two-step type."""
+        return {
+            name: math.ceil(count / self.config.examples_per_task)
+            for name, count in self.num_examples(limit).items()
+            if self.config.task_types[name].brainstorm
+        }
+
+    def positions(self, limit: int | None = None, task_type: str | None = None) -> Iterator[Position]:
+        """Yield the first `limit` places of this shard in order, or those of one task type among them."""
+        types = self._type[:limit]
         number, of = self.shard
-        shard_counts = dict.fromkeys(self.counts, 0)
-        merged = heapq.merge(*(_spread(name, count, order) for order, (name, count) in enumerate(self.counts.items())))
-        taken = 0
-        for index, (_, _, type_index, name) in enumerate(merged):
-            if index % of != number:
-                continue
-            if taken == limit:
-                return
-            yield Position(index, name, type_index, shard_counts[name])
-            shard_counts[name] += 1
-            taken += 1
+        places = range(len(types)) if task_type is None else np.flatnonzero(types == self._types.index(task_type))
+        for i in places:
+            yield Position(
+                number + int(i) * of,
+                self._types[types[i]],
+                int(self._index[i]),
+                int(self._shard_index[i]),
+                self._languages[self._language[i]],
+            )
 
     def example_id(self, position: Position) -> str:
         return f"{self.seed}-{position.task_type}-{position.type_index:06d}"
@@ -106,102 +136,64 @@ class Plan:
         task = self.config.task_types[position.task_type]
         request_id = self.example_id(position)
         rng = random.Random(request_id)
-        rank = (self._stride * position.number + self._offset) % self.config.num_examples
-        language = document_language = self._languages.at((rank + 0.5) / self.config.num_examples)
-        if task.bilingual:
-            document_language = self._other_language(language, rng)
+        language = position.language
         if tasks:
-            # A pool that came out short is gone through again: every task then carries a few more examples.
+            # A pool with too few tasks is used again from the start: each task then serves more examples.
             instruction, domain = tasks[self.task_index(position) % len(tasks)]
         else:
             instruction, domain = task.instruction or "", rng.choice(self.config.domains)
-        values = {name: _draw(weights, rng) for name, weights in task.placeholders.items()}
         return Request(
+            kind="example",
             id=request_id,
             task_type=position.task_type,
-            model=self._models.at(rng.random()),
-            placeholders={"domain": domain, **values},
+            model=_draw(self.config.models, rng),
+            placeholders={"domain": domain} | {name: _draw(values, rng) for name, values in task.placeholders.items()},
             instruction=instruction,
             language=language,
-            document_language=document_language,
+            document_language=self._other_language(language, rng) if task.bilingual else language,
         )
 
     def brainstorm(self, task_type: str, number: int) -> Request:
         """Return the `number`-th request for tasks of a two-step type."""
         index = number * self.shard[1] + self.shard[0]
-        # Every domain is visited once before any comes again, in an order of its own for each type.
+        # Every domain is used once before any is used again, in a different order for each type.
         domains = list(self.config.domains)
         random.Random(f"{self.seed}:{task_type}:domains").shuffle(domains)
         request_id = f"{self.seed}-{task_type}-tasks-{index:05d}"
-        model = self._models.at(random.Random(request_id).random())
-        return Request(request_id, task_type, model, {"domain": domains[index % len(domains)]})
+        model = _draw(self.config.models, random.Random(request_id))
+        return Request("brainstorm", request_id, task_type, model, {"domain": domains[index % len(domains)]})
 
-    def answer_model(self, request: Request) -> type[BaseModel]:
-        """Return the pydantic model of the answer to a request."""
-        return TaskList if request.instruction is None else self.config.task_types[request.task_type].answer_model
-
-    def messages(self, request: Request) -> list[dict[str, str]]:
-        """Return the chat of a request; every request is a new chat."""
+    def call(self, request: Request, attempt: int = 1) -> Call:
+        """Return the call that makes a request; every call is a new chat."""
         task = self.config.task_types[request.task_type]
-        if request.instruction is None:
-            brainstorm = task.brainstorm
-            assert brainstorm is not None
-            rng = random.Random(f"{request.id}:examples")
-            shown = rng.sample(brainstorm.examples, min(brainstorm.num_shown, len(brainstorm.examples)))
-            values: dict[str, Any] = {**request.placeholders, "examples": shown, "num_tasks": brainstorm.num_tasks}
-            content = self.config.render(brainstorm.template, **values)
+        answer_model: type[BaseModel]
+        values: dict[str, Any]
+        if request.kind == "brainstorm":
+            assert task.brainstorm is not None
+            template, answer_model = task.brainstorm.template, TaskList
+            answer_tokens = 25 * task.brainstorm.num_tasks
+            shown = min(task.brainstorm.num_shown, len(task.brainstorm.examples))
+            examples = random.Random(f"{request.id}:examples").sample(task.brainstorm.examples, shown)
+            values = {"examples": examples, "num_tasks": task.brainstorm.num_tasks}
         else:
-            names = {
+            template, answer_model, answer_tokens = task.template, task.answer_model, task.output_tokens
+            values = {
                 "language": self.config.language_name(request.language or ""),
                 "document_language": self.config.language_name(request.document_language or ""),
+                "instruction": request.instruction,
+                "fields": task.fields,
             }
-            values = {**request.placeholders, **names, "instruction": request.instruction, "fields": task.fields}
-            content = self.config.render(task.template, **values)
+        content = self.config.render(template, **request.placeholders, **values)
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        return [*system, {"role": "user", "content": content}]
-
-    def expected_tokens(self, request: Request, messages: list[dict[str, str]]) -> tuple[int, int]:
-        """Estimate the tokens of prompt (four characters each) and answer."""
-        task = self.config.task_types[request.task_type]
-        answer = 25 * task.brainstorm.num_tasks if request.instruction is None and task.brainstorm else 0
-        return sum(len(message["content"]) for message in messages) // 4 + 8, answer or task.output_tokens
-
-    def num_tasks(self, limit: int | None = None) -> dict[str, int]:
-        """Return how many brainstormed tasks the first `limit` examples of this shard need, by two-step type."""
-        examples = dict.fromkeys(self.counts, 0)
-        for position in self.positions(limit):
-            examples[position.task_type] = position.shard_index + 1
-        return {
-            name: math.ceil(count / self.config.examples_per_task)
-            for name, count in examples.items()
-            if count and self.config.task_types[name].brainstorm
-        }
+        messages = [*system, {"role": "user", "content": content}]
+        prompt_tokens = sum(len(message["content"]) for message in messages) // 4 + 8  # four characters each
+        return Call(request.id, request.model, messages, answer_model, (prompt_tokens, answer_tokens), attempt)
 
     def _other_language(self, language: str, rng: random.Random) -> str:
-        while (other := self._document_languages.at(rng.random())) == language:
-            if self._document_languages.only == language:
-                # The documents' one language was drawn for the query too: turn the pair round.
-                return self._languages.other_than(language, rng)
-        return other
-
-
-class _Draw:
-    """Values by weight, addressed by a number in [0, 1)."""
-
-    def __init__(self, weights: dict[str, float]) -> None:
-        self.weights = {value: weight for value, weight in weights.items() if weight > 0}
-        self._values = list(self.weights)
-        self._bounds = list(accumulate(self.weights.values()))
-
-    @property
-    def only(self) -> str | None:
-        return self._values[0] if len(self._values) == 1 else None
-
-    def at(self, quantile: float) -> str:
-        return self._values[min(bisect(self._bounds, quantile * self._bounds[-1]), len(self._values) - 1)]
-
-    def other_than(self, value: str, rng: random.Random) -> str:
-        others = {other: weight for other, weight in self.weights.items() if other != value}
+        # Where the only document language was drawn for the query, the documents get one of the query languages.
+        for weights in (self.config.document_languages, self.config.languages):
+            if others := {code: weight for code, weight in weights.items() if weight > 0 and code != language}:
+                break
         return _draw(others, rng)
 
 
@@ -215,28 +207,21 @@ def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
     return counts
 
 
-def _lattice_stride(size: int) -> int:
-    """Return a stride that visits all of `size` ranks and spreads every stretch evenly.
-
-    It shares no factor with `size`, and the continued fraction of size / stride has small terms only. The search is
-    near e - 2, which falls into step with the spacing of no task type.
-    """
-    middle, reach = round(size * (math.e - 2)), min(300, size // 10)
-    candidates = [n for n in range(max(1, middle - reach), middle + reach + 1) if math.gcd(n, size) == 1]
-    return min(candidates, key=lambda n: _largest_term(size, n), default=1)
+def _interleave(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the type (int16) and the index within the type (int32) of each place; shapes (sum of counts,)."""
+    types = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    indices = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    order = np.argsort((indices + 0.5) / np.repeat(counts, counts), kind="stable")
+    return types[order], indices[order]
 
 
-def _largest_term(a: int, b: int) -> int:
-    largest = 0
-    while b:
-        largest = max(largest, a // b)
-        a, b = b, a % b
-    return largest
-
-
-def _spread(name: str, count: int, order: int) -> Iterator[tuple[float, int, int, str]]:
-    for index in range(count):
-        yield (index + 0.5) / count, order, index, name
+def _spread(counts: dict[str, int], rng: random.Random) -> np.ndarray:
+    """Return the index of the value at each place (int16), each value at `counts` places that are spread evenly."""
+    places = np.arange(sum(counts.values()), dtype=np.uint64)
+    values = np.empty(len(places), dtype=np.int16)
+    order = np.argsort(places * _GOLDEN_RATIO + np.uint64(rng.getrandbits(64)))
+    values[order] = np.repeat(np.arange(len(counts)), list(counts.values()))
+    return values
 
 
 def _draw(weights: dict[str, float], rng: random.Random) -> str:

@@ -1,9 +1,10 @@
-"""The folder of a run. The log `answers.jsonl` is the truth; `records.jsonl` and `failures.jsonl` are read off it.
+"""The folder of a run: the log `answers.jsonl`, and `records.jsonl` and `failures.jsonl`, which are derived from it.
 
 One line of `answers.jsonl` per answer, written once and never changed:
 
     id                  the request: "{seed}-{task_type}-{index}", "{seed}-{task_type}-tasks-{index}" for a brainstorm,
-                        "probe-..." for the questions that find out what a server can do
+                        "probe-..." for the questions that test a server's capabilities
+    kind                "example", "brainstorm" or "probe"
     task_type, language, document_language, model    as planned; a brainstorm has no language, a probe no type either
     attempt             1, 2, ...: which answer to this request it is
     final               true: the request is done; false: another attempt follows
@@ -27,9 +28,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InputError
 from ..files import whole_file
@@ -42,11 +42,6 @@ except ImportError:  # Windows: no guard against two runs in one folder
     fcntl = None  # type: ignore[assignment]
 
 
-class _Waiting(NamedTuple):
-    row: dict[str, Any]
-    done: asyncio.Future[None]
-
-
 class AnswerStore:
     """The answers of one run, and what they add up to. One writer at a time per folder.
 
@@ -56,7 +51,7 @@ class AnswerStore:
 
     Attributes:
         done: ids of requests that need no further answer.
-        failed: ids of requests whose last answer has an error and is final.
+        failed: kinds of the requests whose last answer has an error and is final, by id.
         attempts: answers so far of requests that had a failed answer.
         tasks: brainstormed lists by request id.
         examples, prompt_tokens, completion_tokens, usd: totals of the whole log.
@@ -66,12 +61,12 @@ class AnswerStore:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self.failed: set[str] = set()
+        self.failed: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
         self.tasks: dict[str, list[str]] = {}
-        self.examples = self.answers = self.prompt_tokens = self.completion_tokens = 0
+        self.examples = self.prompt_tokens = self.completion_tokens = 0
         self.usd = 0.0
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._log = open(self.folder / ANSWERS_FILE, "a+b")
         try:
@@ -94,7 +89,7 @@ class AnswerStore:
     async def append(self, row: dict[str, Any]) -> None:
         """Write one answer; returns when it is on the disk."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(row, done))
+        self._waiting.append((row, done))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
         await asyncio.shield(done)
@@ -104,14 +99,14 @@ class AnswerStore:
         while self._waiting:
             group, self._waiting = self._waiting, []
             try:
-                await asyncio.to_thread(self._write, [waiting.row for waiting in group])
+                await asyncio.to_thread(self._write, [row for row, _ in group])
             except OSError as error:
-                for waiting in group:
-                    waiting.done.set_exception(error)
+                for _, done in group:
+                    done.set_exception(error)
                 return
-            for waiting in group:
-                self._count(waiting.row)
-                waiting.done.set_result(None)
+            for row, done in group:
+                self._count(row)
+                done.set_result(None)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._log.write(b"".join(_line(row) for row in rows))
@@ -125,7 +120,6 @@ class AnswerStore:
 
     def _count(self, row: dict[str, Any]) -> None:
         request_id = row["id"]
-        self.answers += 1
         self.prompt_tokens += row["prompt_tokens"]
         self.completion_tokens += row["completion_tokens"]
         self.usd += row["cost"] or 0.0
@@ -133,37 +127,39 @@ class AnswerStore:
             self.attempts[request_id] = row["attempt"]
         else:
             self.attempts.pop(request_id, None)
-            self.failed.discard(request_id)
+            self.failed.pop(request_id, None)
         if row["final"]:
             self.done.add(request_id)
             if row["error"]:
-                self.failed.add(request_id)
+                self.failed[request_id] = row["kind"]
         if row.get("record"):
             self.examples += 1
         if row.get("tasks"):
             self.tasks[request_id] = row["tasks"]
 
     def reopen_failures(self) -> int:
-        """Take failed examples as not done, so that they are asked for again. Returns how many.
+        """Mark failed examples as not done, so that they are asked for again. Returns how many.
 
         Brainstorms stay failed: others have taken their place in the pool, whose order must not change.
         """
-        again = {request_id for request_id in self.failed if "-tasks-" not in request_id}
-        self.done -= again
-        self.failed -= again
+        again = [request_id for request_id, kind in self.failed.items() if kind == "example"]
+        for request_id in again:
+            self.done.remove(request_id)
+            del self.failed[request_id]
         return len(again)
 
+    def next_attempt(self, request_id: str) -> int:
+        """Return the number of the next attempt at a request, from 1."""
+        return self.attempts.get(request_id, 0) + 1
+
     def write_views(self) -> None:
-        """Write `records.jsonl` and `failures.jsonl` anew from the log, each at once."""
+        """Write `records.jsonl` and `failures.jsonl` anew from the log, each whole or not at all."""
         with whole_file(self.folder / RECORDS_FILE) as records, whole_file(self.folder / FAILURES_FILE) as failures:
             for row in read_rows(self.folder / ANSWERS_FILE):
                 if row.get("record"):
                     records.write(_line(row["record"]))
-                elif row["error"] and row["final"] and self._is_last(row):
+                elif row["error"] and row["final"] and self.attempts.get(row["id"]) == row["attempt"]:
                     failures.write(_line(_failure(row)))
-
-    def _is_last(self, row: dict[str, Any]) -> bool:
-        return self.attempts.get(row["id"]) == row["attempt"]
 
     async def drain(self) -> None:
         """Write what still waits."""
@@ -182,7 +178,7 @@ class AnswerStore:
             try:
                 fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"{self.folder}: another run is writing here; use another --output") from None
+                raise InputError(f"{self.folder}: another run is writing here; choose another folder") from None
 
     def _check_identity(self, identity: dict[str, Any] | None) -> None:
         path = self.folder / RUN_FILE
@@ -191,7 +187,7 @@ class AnswerStore:
             if identity and (changed := [key for key in identity if identity[key] != before.get(key)]):
                 raise InputError(
                     f"{self.folder}: was begun with another {changed[0]} ({before.get(changed[0])}, now "
-                    f"{identity[changed[0]]}); use another --output"
+                    f"{identity[changed[0]]}); choose another folder"
                 )
         elif identity:
             with whole_file(path, "w") as file:
@@ -199,28 +195,22 @@ class AnswerStore:
 
 
 def _repair_tail(path: Path) -> None:
-    """Mend a last line that a crash cut: complete JSON gets its line end, a torn line goes."""
+    """Repair a last line that a crash cut: complete JSON gets its line end, an incomplete line is removed."""
     with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        position, tail = end, b""
-        while position and b"\n" not in tail:
-            step = min(position, 1 << 16)
-            position -= step
-            file.seek(position)
-            tail = file.read(step) + tail
-        last = tail.rpartition(b"\n")[2]
-        if not last:
+        last = b"\n"
+        for last in file:  # noqa: B007
+            pass
+        if last.endswith(b"\n"):
             return
-        with suppress(ValueError):
+        try:
             json.loads(last)
-            file.seek(end)
             file.write(b"\n")
-            return
-        file.truncate(end - len(last))
+        except ValueError:
+            file.truncate(file.tell() - len(last))
 
 
 def _failure(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("id", "task_type", "model", "error", "raw", "attempt", "request_id", "finish_reason")
+    keys = ("id", "kind", "task_type", "model", "error", "raw", "attempt", "request_id", "finish_reason")
     return {("reason" if key == "error" else key): row.get(key) for key in keys}
 
 
