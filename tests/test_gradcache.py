@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from step_reference import make_model, make_rows, make_step, reference, relative_error, run_step
 
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.errors import InputError
 from hf_e5.modeling.packed import decoder
 from hf_e5.training import gradcache
 from hf_e5.training.memory import graph_bytes
+from support.step_reference import make_model, make_rows, make_step, reference, relative_error, run_step
 
 
 @pytest.fixture(scope="module")

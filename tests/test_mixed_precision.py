@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 
 from hf_e5.data.collator import E5DataCollator
+from support.step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 
 
 def gradients(model, rows, *, scale=None, **options):

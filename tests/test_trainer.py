@@ -2,7 +2,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from hf_e5.config import parse_config
 from hf_e5.errors import InputError
 from hf_e5.instructions import format_query
 from hf_e5.training.arguments import ModelArguments
-from hf_e5.training.trainer import last_checkpoint
 
 
 ROOT = Path(__file__).parent.parent
@@ -251,16 +249,28 @@ def uninterrupted(tiny_checkpoint, data, tmp_path_factory):
     return output_dir
 
 
+KILLED_AFTER_STEP_7 = """
+import os, runpy, signal, sys
+from transformers import TrainerCallback, trainer
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.DEFAULT_CALLBACKS.append(Kill)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tiny_checkpoint, data, uninterrupted, tmp_path):
     command = recipe_command(tiny_checkpoint, data, tmp_path, "--per_device_train_batch_size", "16")
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while last_checkpoint(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_STEP_7, *command], stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    (tmp_path / "checkpoint-9").mkdir(exist_ok=True)  # as if killed again, while saving
+    assert (tmp_path / "checkpoint-6").exists()
+    (tmp_path / "checkpoint-9").mkdir()  # as if killed again, while saving
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{")
     run(*command)
     expected, resumed = weights(uninterrupted), weights(tmp_path)

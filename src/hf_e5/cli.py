@@ -7,6 +7,7 @@ parses its flags itself; it is imported only when it is called, so that `hf-e5 -
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import import_module
 
@@ -33,7 +34,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 wrong input, 130 stopped by the user."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = argparse.ArgumentParser(prog="hf-e5", description="Text embeddings from LLMs and LLM-written data.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -56,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-e5 {args.command}: stopped; run it again to go on", file=sys.stderr)
         return 130
+
+
+def _underscored(argument: str) -> str:
+    """`--max-length=3` as `--max_length=3`: both forms are accepted everywhere, as in transformers."""
+    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from ..files import whole_folder
 from ..instructions import TASK_TYPES
-from ..records import RECORD_COLUMNS, RecordCounts, check_test_size, find_record_files, read_records, split_of
+from ..records import RECORD_COLUMNS, check_test_size, find_record_files, read_records, split_of
+from ..report.statistics import Statistics
 from .card import ALL, write_card
 from .provenance import read_provenance
 
@@ -192,9 +193,9 @@ def _order(task_type: str) -> tuple[int, str]:
     return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
 
 
-def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> RecordCounts:
+def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> Statistics:
     """Check all records, count them, and copy each line to `folder/{task type}-{split}.jsonl`."""
-    counts = RecordCounts()
+    counts = Statistics()
     with ExitStack() as stack:
         num_bytes = sum(file.stat().st_size for file in files)
         bar = stack.enter_context(tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Checking records"))

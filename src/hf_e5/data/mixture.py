@@ -9,7 +9,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 
 from ..errors import InputError
+from ..records import RECORD_COLUMNS
 from .mixture_config import ROLES, Source, read_mixture
 
 
@@ -30,11 +31,11 @@ FEATURES = Features(
         "task_type": Value("string"),
     }
 )
-# Columns of the synthetic set and of mined files that are not roles. Without a mapping any other column is an error:
-# roles go by name, and a misspelt `negatives` must not silently train without negatives.
-KNOWN_COLUMNS = {*ROLES, "id", "language", "document_language", "placeholders", "model", "negative_scores"}
+# Columns that hf-e5 itself writes. Without a mapping any other column is an error: roles go by name, and a misspelt
+# `negatives` must not silently train without negatives.
+KNOWN_COLUMNS = {*FEATURES, *RECORD_COLUMNS, "negative_scores", "positive_score"}
 
-# Changes whenever `_rows_to_columns` gives other rows: `datasets` caches by arguments and does not see our code.
+# Changes whenever a conversion gives other rows: `datasets` caches by arguments and does not see our code.
 _CACHE_VERSION = 1
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
@@ -72,19 +73,41 @@ def load_mixture(
     parts = []
     for entry in sources:
         dataset, rows = open_source(entry, split=split, seed=seed, cache_dir=cache_dir)
-        parts.append(
-            dataset.map(
-                _rows_to_columns,
-                batched=True,
-                with_indices=True,
-                remove_columns=dataset.column_names,
-                features=FEATURES,
-                fn_kwargs={"source": entry, "rows": rows, "seed": seed, "version": _CACHE_VERSION},
-                num_proc=num_proc,
-                desc=f"Reading {entry.name}",
-            )
-        )
+        options = {"source": entry, "rows": rows, "seed": seed}
+        parts.append(_convert(dataset, _training_rows, FEATURES, options, num_proc))
     return concatenate_datasets(parts)
+
+
+def load_source(source: Source, *, split: str, seed: int) -> Dataset:
+    """Load one dataset, sampled, in the columns of the roles, with all positives and negatives of every row.
+
+    `positive` is a text where the dataset has one plain column of positives, else a list of texts.
+
+    Raises:
+        InputError: as in `load_mixture`.
+    """
+    dataset, rows = open_source(source, split=split, seed=seed)
+    columns = _role_columns(source, dataset.column_names)["positive"]
+    several = len(columns) > 1 or not isinstance(dataset.features.get(columns[0]), Value)
+    features = Features({role: FEATURES[role] for role in ROLES})
+    if several:
+        features["positive"] = FEATURES["negative"]
+    return _convert(dataset, _whole_rows, features, {"source": source, "rows": rows, "several": several})
+
+
+def _convert(
+    dataset: Dataset, convert: Callable, features: Features, options: dict[str, Any], num_proc: int | None = None
+) -> Dataset:
+    return dataset.map(
+        convert,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        fn_kwargs={**options, "version": _CACHE_VERSION},
+        num_proc=num_proc,
+        desc=f"Reading {options['source'].name}",
+    )
 
 
 def open_source(
@@ -114,6 +137,14 @@ def open_source(
     return dataset, rows
 
 
+class RowError(NamedTuple):
+    """Why a row cannot be trained on; `is_empty` where a text is missing and nothing else is wrong."""
+
+    role: str
+    message: str
+    is_empty: bool = False
+
+
 class Row(NamedTuple):
     """What a dataset's row holds in each role, before any check: texts, unless the data is wrong."""
 
@@ -123,18 +154,15 @@ class Row(NamedTuple):
     negatives: list
     task_type: Any
 
-    def error(self) -> tuple[str, str] | None:
-        """Why the row cannot be trained on, as (role, message)."""
+    def error(self) -> RowError | None:
+        """Why the row cannot be trained on."""
         singles = (("query", self.query), ("instruction", self.instruction), ("task_type", self.task_type))
         several = [("positive", text) for text in self.positives] + [("negative", text) for text in self.negatives]
         for role, value in (*singles, *several):
             if value is not None and not isinstance(value, str):
-                return role, f"expected text, found {type(value).__name__} {str(value)[:40]!r}"
-        if not (self.query or "").strip():
-            return "query", "no text"
-        if not self.positives:
-            return "positive", "no text"
-        return None
+                return RowError(role, f"expected text, found {type(value).__name__} {str(value)[:40]!r}")
+        empty = "query" if not (self.query or "").strip() else "positive" if not self.positives else None
+        return RowError(empty, "no text", is_empty=True) if empty else None
 
 
 def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
@@ -148,23 +176,31 @@ def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
         yield Row(instruction[i], query[i], _texts(positive[i]), _texts(negative[i]), task_type[i])
 
 
-def row_instruction(source: Source, row: Row, row_number: int) -> str | None:
-    """The instruction of a row: the source's, alternating by row number, or else the row's own."""
-    if source.instruction:
-        return source.instruction[row_number % len(source.instruction)]
-    return row.instruction or None
+def _checked_rows(batch: Mapping[str, list], numbers: np.ndarray, source: Source) -> Iterator[tuple[int, Row]]:
+    """Row numbers and rows, each with the source's instruction if it has one; empty rows are dropped or refused."""
+    for number, row in zip(numbers.tolist(), read_rows(batch, source), strict=True):
+        error = row.error()
+        if error is None:
+            texts = source.instruction or (row.instruction or None,)
+            yield number, row._replace(instruction=texts[number % len(texts)])
+        elif not (error.is_empty and source.drop_empty):
+            hint = "; fix it or set 'drop_empty: true'" if error.is_empty else ""
+            raise InputError(f"dataset {source.name!r}, row {number}, field {error.role!r}: {error.message}{hint}")
 
 
-def _rows_to_columns(
+def _whole_rows(
+    batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, several: bool, version: int
+) -> dict[str, list]:
+    checked = [row for _, row in _checked_rows(batch, rows[positions], source)]
+    columns = {role: [row[i] for row in checked] for i, role in enumerate(ROLES)}  # a Row has the order of the roles
+    return columns if several else {**columns, "positive": [positive for (positive,) in columns["positive"]]}
+
+
+def _training_rows(
     batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, seed: int, version: int
 ) -> dict[str, list]:
     columns: dict[str, list] = {name: [] for name in FEATURES}
-    for row_number, row in zip(rows[positions].tolist(), read_rows(batch, source), strict=True):
-        if problem := row.error():
-            if source.drop_empty and problem[1] == "no text":
-                continue
-            hint = "; fix it or set 'drop_empty: true'" if problem[1] == "no text" else ""
-            raise InputError(f"dataset {source.name!r}, row {row_number}, field {problem[0]!r}: {problem[1]}{hint}")
+    for row_number, row in _checked_rows(batch, rows[positions], source):
         rng = random.Random(f"{seed}/{source.name}/{row_number}")
         query, positive = row.query, row.positives[0]
         if len(row.positives) > 1:
@@ -176,8 +212,7 @@ def _rows_to_columns(
             negatives = negatives[: source.num_negatives]
         if source.symmetric and rng.random() < 0.5:
             query, positive, negatives = positive, query, []
-        instruction = row_instruction(source, row, row_number)
-        values = (instruction, query, positive, negatives, source.name, row.task_type)
+        values = (row.instruction, query, positive, negatives, source.name, row.task_type)
         for name, value in zip(FEATURES, values, strict=True):
             columns[name].append(value)
     return columns
@@ -234,8 +269,8 @@ def _role_columns(source: Source, names: list[str]) -> dict[str, list[str]]:
     if not columns:
         if unknown := [name for name in names if name not in KNOWN_COLUMNS]:
             raise InputError(
-                f"dataset {source.name!r}: unknown column {unknown[0]!r} (of {', '.join(names)}); name the columns of "
-                "the roles under 'columns:' in a mixture file"
+                f"dataset {source.name!r}: unknown column {unknown[0]!r} (of {', '.join(names)}); rename it, or "
+                "name the columns of the roles under 'columns:' in a mixture file"
             )
         columns = {role: [role] for role in ROLES if role in names}
         if source.instruction:

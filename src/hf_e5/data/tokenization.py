@@ -58,7 +58,7 @@ def tokenize_dataset(
         )
         distinct_prompts = sorted(set(prompts) - {""})
         prompt_ids = dict(zip(distinct_prompts, tokenize(distinct_prompts, query_max_length), strict=True))
-        negatives = [_as_texts(negative) for negative in rows.get("negative", [None] * len(indices))]
+        negatives = [as_texts(negative) for negative in rows.get("negative", [None] * len(indices))]
         negative_ids = iter(tokenize([text for texts in negatives for text in texts], passage_max_length))
         return {
             "query_ids": query_ids,
@@ -84,7 +84,8 @@ def tokenize_dataset(
     )
 
 
-def _as_texts(negative: str | list[str] | None) -> list[str]:
+def as_texts(negative: str | list[str] | None) -> list[str]:
+    """The texts of a `negative` column's value: one, several or none; empty ones do not count."""
     texts = [negative] if isinstance(negative, str) else negative or []
     return [text for text in texts if text and text.strip()]
 

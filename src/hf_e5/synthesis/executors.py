@@ -24,10 +24,10 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from ..errors import InputError
+from ..records import read_rows
 from .client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from .plan import Request
 from .run import Job
-from .store import read_rows
 
 
 _PAUSE = 0.05  # seconds between two looks for a request that waits for answers under way

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..records import fold
 from .capabilities import Call
 from .client import Answer
 from .cost import Budget, cost_of, find_price
@@ -261,7 +262,7 @@ class TaskPool:
     def add(self, instructions: list[str], domain: str) -> None:
         """Add a brainstormed list, without what differs only in case, spaces or full stop from a task of the pool."""
         for text in instructions:
-            key = " ".join(text.casefold().split()).strip(" .!")
+            key = fold(text).strip(" .!")
             if key and key not in self._seen:
                 self._seen.add(key)
                 self.tasks.append(Task(" ".join(text.split()), domain))

@@ -5,18 +5,16 @@ import random
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft import LoraConfig
 
 from hf_e5.modeling.encoder import E5Model
 from hf_e5.training.gradcache import ContrastiveStep
 from hf_e5.training.objective import ContrastiveObjective
+from support import lora_config
 
 
 def make_model(checkpoint, *, use_peft=True, dropout=0.0, dtype=torch.float32):
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
-    )
+    config = lora_config(lora_dropout=dropout)
     model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=config if use_peft else None)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -12,18 +12,18 @@ import json
 import sys
 from pathlib import Path
 
-import fsdp_on_cpu
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.utils import safe_get_full_fp32_param
-from step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_e5.data.collator import E5DataCollator
+from support import fsdp_on_cpu
+from support.step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 
 
 # A step of plain gradient descent this large turns weights into gradients: (before - after) / LEARNING_RATE.
