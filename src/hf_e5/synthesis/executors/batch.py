@@ -23,7 +23,11 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from ...errors import InputError
+<<<<<<< HEAD
 from ...files import whole_file
+=======
+from ...records import read_rows
+>>>>>>> w-int
 from ..client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from ..plan import Request
 from ..run import SynthesisRun
