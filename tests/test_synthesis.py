@@ -322,15 +322,15 @@ def test_batches_are_collected_later(tmp_path, batch_server, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["sent", "collected"])
 def test_a_batch_on_the_server_at_a_crash_is_neither_lost_nor_made_twice(tmp_path, batch_server, monkeypatch, moment):
-    log_event = BatchExecutor._log_event
+    save = BatchExecutor._save
 
-    def crash(self, name, event, **more):
-        if event == moment:
+    def crash(self, batch):
+        if moment == "collected" or batch.id is not None:
             raise KeyboardInterrupt
-        log_event(self, name, event, **more)
+        save(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchExecutor, "_log_event", crash)
+        patch.setattr(BatchExecutor, "_save" if moment == "sent" else "_remove", crash)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, batch_server.base_url(), mode="batch", poll_seconds=0.1)
     assert len(llmock_batch._batches) == 1

@@ -94,7 +94,7 @@ def test_a_plan_takes_few_bytes_per_example():
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(list(islice(plan.positions(), 5))) == 5
-    assert taken < 13 * size  # type and language take 2 bytes, the two indices 4
+    assert taken < 9 * size  # type and language take 2 bytes, the index 4
 
 
 def test_the_places_of_a_type_are_those_of_the_plan():

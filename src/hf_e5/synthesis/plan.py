@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class Position(NamedTuple):
 
 
 class Plan:
-    """All requests of a run, in 12 bytes per example.
+    """All requests of a run, in 8 bytes per example.
 
     Args:
         config: what to generate.
@@ -84,12 +85,7 @@ class Plan:
         number, of = shard
         types, indices = _interleave(list(self.counts.values()))
         languages = _spread(apportion(config.languages, config.num_examples), random.Random(f"{seed}:languages"))
-        # Of each place of this shard: task type, index within the type, index within type and shard, language.
         self._type, self._index, self._language = types[number::of], indices[number::of], languages[number::of]
-        self._shard_index = np.empty_like(self._index)
-        for type_ in range(len(self._types)):
-            of_type = self._type == type_
-            self._shard_index[of_type] = np.arange(np.count_nonzero(of_type))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,13 +96,13 @@ class Plan:
     def num_examples(self, limit: int | None = None) -> dict[str, int]:
         """Return how many of this shard's first `limit` examples each task type has, if it has any."""
         counts = np.bincount(self._type[:limit], minlength=len(self._types))
-        return {name: int(count) for name, count in zip(self._types, counts, strict=True) if count}
+        return {name: int(number) for name, number in zip(self._types, counts, strict=True) if number}
 
     def num_tasks(self, limit: int | None = None) -> dict[str, int]:
         """Return how many brainstormed tasks the first `limit` examples of this shard need, by two-step type."""
         return {
-            name: math.ceil(count / self.config.examples_per_task)
-            for name, count in self.num_examples(limit).items()
+            name: math.ceil(number / self.config.examples_per_task)
+            for name, number in self.num_examples(limit).items()
             if self.config.task_types[name].brainstorm
         }
 
@@ -115,14 +111,10 @@ class Plan:
         types = self._type[:limit]
         number, of = self.shard
         places = range(len(types)) if task_type is None else np.flatnonzero(types == self._types.index(task_type))
+        shard_indices = {name: count() for name in self._types}
         for i in places:
-            yield Position(
-                number + int(i) * of,
-                self._types[types[i]],
-                int(self._index[i]),
-                int(self._shard_index[i]),
-                self._languages[self._language[i]],
-            )
+            name, language = self._types[types[i]], self._languages[self._language[i]]
+            yield Position(number + int(i) * of, name, int(self._index[i]), next(shard_indices[name]), language)
 
     def example_id(self, position: Position) -> str:
         return f"{self.seed}-{position.task_type}-{position.type_index:06d}"
@@ -210,7 +202,7 @@ def apportion(weights: dict[str, float], total: int) -> dict[str, int]:
 def _interleave(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the type (int16) and the index within the type (int32) of each place; shapes (sum of counts,)."""
     types = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    indices = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    indices = np.concatenate([np.arange(number, dtype=np.int32) for number in counts])
     order = np.argsort((indices + 0.5) / np.repeat(counts, counts), kind="stable")
     return types[order], indices[order]
 

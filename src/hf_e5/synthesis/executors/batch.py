@@ -3,9 +3,9 @@
 Requests are uploaded in files of up to `REQUESTS_PER_BATCH`, one model each, and collected when the server has
 answered them; failed ones go into the next file. The run may be stopped while it waits: the next one collects.
 
-`batches.jsonl` in the folder says which batches are under way: one line when a batch is about to be made, one when the
-server has taken it, one when its answers are in the store. The requests of an open batch are in `batches/NAME.jsonl`.
-A batch that was made just before a crash is found again by its name in the server's list, so none is paid twice.
+`batches/NAME.json` in the run's folder holds the requests of a batch from before it is made until its answers are in
+the store, and its id as soon as the server has taken it. A batch that was made just before a crash is found again by
+its name in the server's list, so none is paid twice.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
 
 from ...errors import InputError
+<<<<<<< HEAD
+from ...files import whole_file
+=======
 from ...records import read_rows
+>>>>>>> w-int
 from ..client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from ..plan import Request
 from ..run import SynthesisRun
@@ -54,20 +58,21 @@ class BatchExecutor:
         self.poll_seconds = poll_seconds
         self.folder = synthesis.store.folder / "batches"
         self.folder.mkdir(exist_ok=True)
-        self._log = synthesis.store.folder / "batches.jsonl"
         self._again: list[Request] = []  # taken from the stream, for a later batch
-        self._open = [self._restore(row) for row in self._open_rows()]
+        self._open = [self._restore(path) for path in sorted(self.folder.glob("*.json"))]
 
     async def run(self) -> None:
         restored = {key for batch in self._open for key in batch.requests}
         requests = (item for item in self.synthesis.requests() if item is None or item.id not in restored)
         try:
             for batch in self._open:
-                batch.id = batch.id or await self._find(batch.name) or await self._send(batch)
+                batch.id = batch.id or await self._find(batch.name)
+                if batch.id is None:
+                    await self._send(batch)
             while True:
                 while len(self._open) < MAX_OPEN_BATCHES and (made := self._next_batch(requests)):
                     self._open.append(made)
-                    made.id = await self._send(made)
+                    await self._send(made)
                 if not self._open or not (await self._collect_finished() or await self._wait()):
                     return
         except openai.NotFoundError as error:
@@ -114,10 +119,7 @@ class BatchExecutor:
         self._again.extend(others)
         if not batch.requests:
             return None
-        rows = [{**asdict(request), "attempt": attempt} for request, attempt in batch.requests.values()]
-        path = self.folder / f"{batch.name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        self._log_event(batch.name, "made")
+        self._save(batch)
         return batch
 
     def _add(self, batch: _Batch, request: Request, attempt: int) -> None:
@@ -127,14 +129,13 @@ class BatchExecutor:
         batch.tokens += tokens
         batch.usd += usd
 
-    async def _send(self, batch: _Batch) -> str:
-        """Upload a batch; returns its id."""
+    async def _send(self, batch: _Batch) -> None:
         lines = []
         for request, attempt in batch.requests.values():
             call = self.synthesis.plan.call(request, attempt)
             body = self.client.capabilities_of(request.model).body(call, self.client.config)
             line = {"custom_id": request.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(line) + "\n")
         content = io.BytesIO("".join(lines).encode())
         file = await self.api.files.create(file=(f"{batch.name}.jsonl", content), purpose="batch")
         # Not retried: a batch that was made while its reply got lost would be paid twice. The next run looks for it.
@@ -144,8 +145,8 @@ class BatchExecutor:
             completion_window="24h",
             metadata={_NAME_KEY: batch.name},
         )
-        self._log_event(batch.name, "sent", batch_id=created.id)
-        return created.id
+        batch.id = created.id
+        self._save(batch)
 
     async def _find(self, name: str) -> str | None:
         """Return the id of the batch of that name on the server, if there is one."""
@@ -167,9 +168,7 @@ class BatchExecutor:
                 *(self._record(*entry, answers.get(key, missing)) for key, entry in batch.requests.items())
             )
         self.synthesis.budget.finish(batch.tokens, batch.usd, len(batch.requests))
-        self._open.remove(batch)
-        self._log_event(batch.name, "collected")
-        (self.folder / f"{batch.name}.jsonl").unlink()
+        self._remove(batch)
 
     async def _record(self, request: Request, attempt: int, answer: Answer) -> None:
         # After a crash while a batch was collected, some of its answers are in the store already.
@@ -178,24 +177,22 @@ class BatchExecutor:
         if request.id not in self.synthesis.store.done:
             self._again.append(request)
 
-    def _log_event(self, name: str, event: str, **more: str) -> None:
-        with open(self._log, "a", encoding="utf-8") as log:
-            log.write(json.dumps({"name": name, "event": event, **more}) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
+    def _save(self, batch: _Batch) -> None:
+        rows = [{**asdict(request), "attempt": attempt} for request, attempt in batch.requests.values()]
+        with whole_file(self.folder / f"{batch.name}.json", "w") as file:
+            json.dump({"id": batch.id, "requests": rows}, file)
 
-    def _open_rows(self) -> list[dict[str, Any]]:
-        rows: dict[str, dict[str, Any]] = {}
-        for row in read_rows(self._log) if self._log.exists() else ():
-            rows[row["name"]] = {**rows.get(row["name"], {}), **row}
-        return [row for row in rows.values() if row["event"] != "collected"]
-
-    def _restore(self, row: dict[str, Any]) -> _Batch:
-        batch = _Batch(row["name"], row.get("batch_id"))
-        for saved in read_rows(self.folder / f"{row['name']}.jsonl"):
-            attempt = saved.pop("attempt")
-            self._add(batch, Request(**saved), attempt)
+    def _restore(self, path: Path) -> _Batch:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        batch = _Batch(path.stem, saved["id"])
+        for row in saved["requests"]:
+            attempt = row.pop("attempt")
+            self._add(batch, Request(**row), attempt)
         return batch
+
+    def _remove(self, batch: _Batch) -> None:
+        self._open.remove(batch)
+        (self.folder / f"{batch.name}.json").unlink()
 
 
 def _read_answer(line: dict[str, Any]) -> tuple[str, Answer]:
