@@ -39,14 +39,14 @@ slow_tests: $(VENV)/.dev  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/.dev  ## Check style, types and the order of the stages
-	$(BIN)/ruff check src recipes examples tests
-	$(BIN)/ruff format --check src recipes examples tests
+	$(BIN)/ruff check src recipes examples tests docs
+	$(BIN)/ruff format --check src recipes examples tests docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 style: $(VENV)/.dev  ## Fix style
-	$(BIN)/ruff check --fix src recipes examples tests
-	$(BIN)/ruff format src recipes examples tests
+	$(BIN)/ruff check --fix src recipes examples tests docs
+	$(BIN)/ruff format src recipes examples tests docs
 
 docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -9,8 +9,7 @@ import sys
 import pandas
 from datasets import load_dataset
 
-from hf_e5 import SyntheticTriplets
-from hf_e5.data.build import build_dataset
+from hf_e5 import SyntheticTriplets, build_dataset
 
 
 def main(out: str) -> None:

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+from hf_e5 import filter_records
 from hf_e5.filters.contamination import TestSets, check_contamination
 from hf_e5.filters.record_filters import FilterSettings
-from hf_e5.filters.run import filter_records
 from hf_e5.report.write import write_report
 
 

@@ -9,34 +9,32 @@ long_long; here they get one each, and the rest of the set keeps its own.
 import argparse
 from pathlib import Path
 
+from datasets import load_dataset
 from sentence_transformers import SentenceTransformer
 
-from hf_e5.data.mining.mine import mine_hard_negatives
+from hf_e5 import load_mixture, mine_hard_negatives
 from hf_e5.data.mining.selection import Selection
-from hf_e5.data.mixture import load_mixture
-from hf_e5.data.mixture_config import read_mixture
 from hf_e5.data.sampler import TaskBatchSampler, group_rows, hash_texts
 from hf_e5.data.validation import validate_mixture
 
 
-SAMPLE = Path(__file__).parent / "data" / "triplets.jsonl"
+SAMPLE = str(Path(__file__).parent / "data" / "triplets.jsonl")
 
 
 def main(out: Path, miner: str, max_rows: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. Every row without a hard negative gets one that scores at most 95 % of its positive.
-    (source,), _ = read_mixture(SAMPLE, max_rows=max_rows)
-    selection = Selection(num_negatives=1, relative_margin=0.05)
-    mined = out / "mined.jsonl"
-    mine_hard_negatives(source, SentenceTransformer(miner), mined, selection=selection)
+    rows = load_dataset("json", data_files=SAMPLE, split=f"train[:{max_rows or ''}]")
+    mined = mine_hard_negatives(rows, SentenceTransformer(miner), selection=Selection(relative_margin=0.05))
+    mined.to_parquet(out / "mined.parquet")
 
     # 2. A mixture: the mined set and a quarter of the original, with another instruction.
     mixture = {
         "seed": 42,
         "datasets": [
-            {"name": "synthetic", "path": str(mined), "num_negatives": 1},
-            {"name": "again", "path": str(SAMPLE), "ratio": 0.25, "instruction": "Find a text that fits"},
+            {"name": "synthetic", "path": str(out / "mined.parquet"), "num_negatives": 1},
+            {"name": "again", "path": SAMPLE, "ratio": 0.25, "instruction": "Find a text that fits"},
         ],
     }
 

@@ -2,7 +2,7 @@
 
 Builds a dataset from the sample records, fine-tunes SmolLM2-135M on it, exports a sentence-transformers model, and
 compares it with the untrained model on tasks that were not trained on. Training gets the time that is left of
-`MINUTES`, so that the whole stays under ten minutes on two ordinary CPU cores. A stage that is done is not repeated;
+`--minutes`, so that the whole stays under ten minutes on two ordinary CPU cores. A stage that is done is not repeated;
 remove outputs/quickstart to start anew.
 """
 
@@ -13,12 +13,16 @@ prepare_process()  # before anything imports torch
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+
+
+os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: a line a stage, not the libraries' progress bars
 
 import datasets
 import torch
@@ -35,69 +39,74 @@ from hf_e5.training.callbacks import FitToTime
 from hf_e5.training.trainer import last_checkpoint
 
 
-MINUTES = 9  # from the start of `make`; one is left for what cannot be foreseen
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECORDS = "examples/data/triplets.jsonl"
 RECIPE = "recipes/configs/smollm2_135m_cpu.yaml"
-OUT = Path("outputs/quickstart")
-DATASET, CHECKPOINT, MODEL, BEFORE = OUT / "dataset", OUT / "checkpoint", OUT / "model", OUT / "untrained.json"
 MAX_LENGTH = 96  # tokens of a text in evaluation and search
 ROWS_PER_TYPE = 24  # of the test split, so that evaluation leaves most of the time to training
 
 
-def main(started: float) -> None:
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+def main(out: Path, seed: int, started: float, minutes: float) -> None:
+    dataset, checkpoint, model_folder, untrained = (
+        out / name for name in ("dataset", "checkpoint", "model", "untrained.json")
+    )
     transformers.logging.set_verbosity_error()
     dtype = fastest_dtype()
 
     stage("1. Dataset", "train and test share no task")
-    if not DATASET.exists():
-        build_dataset([RECORDS], DATASET, test_size=0.1)
-    say(f"{DATASET}, card {DATASET / 'README.md'}")
-    test_rows = sample(datasets.load_dataset(str(DATASET), split="test"))
+    if not dataset.exists():
+        build_dataset([RECORDS], dataset, test_size=0.1)
+    say(f"{dataset}, card {dataset / 'README.md'}")
+    test_rows = sample(datasets.load_dataset(str(dataset), split="test"))
 
     stage("2. Training", f"SmolLM2-135M, LoRA, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads")
-    if (CHECKPOINT / "adapter_model.safetensors").exists():
-        say(f"done before: {CHECKPOINT}")
-        before = {name: RetrievalResult(**result) for name, result in json.loads(BEFORE.read_text()).items()}
+    if (checkpoint / "adapter_model.safetensors").exists():
+        say(f"done before: {checkpoint}")
     else:
-        before = train(test_rows, dtype, started)
+        flags = ["--dataset_name", str(dataset), "--output_dir", str(checkpoint), "--seed", str(seed)]
+        train(flags, test_rows, untrained, dtype, deadline=started + 60 * minutes)
+    before = {name: RetrievalResult(**result) for name, result in json.loads(untrained.read_text()).items()}
 
     stage("3. Export", "a sentence-transformers folder, compared with the trained model")
-    if MODEL.exists():
-        say(f"done before: {MODEL}")
+    if model_folder.exists():
+        say(f"done before: {model_folder}")
     else:
-        say(
-            export_sentence_transformer(CHECKPOINT, MODEL, merge=True, dtype=torch.bfloat16, max_seq_length=MAX_LENGTH)
-        )
+        export = {"merge": True, "dtype": torch.bfloat16, "max_seq_length": MAX_LENGTH}
+        say(export_sentence_transformer(checkpoint, model_folder, **export))
 
     stage("4. Comparison", "untrained -> trained, on tasks never trained on")
-    model = SentenceTransformer(str(MODEL), device="cpu", model_kwargs={"dtype": dtype})
+    model = SentenceTransformer(str(model_folder), device="cpu", model_kwargs={"dtype": dtype})
     after = evaluate_rows(test_rows, lambda texts: model.encode(texts, convert_to_tensor=True).float())
     say(comparison_table(before, after))
     if find_spec("matplotlib"):
-        say(f"\nwhere the right document ranks: {draw_ranks(before, after)}")
+        say(f"\nwhere the right document ranks: {draw_ranks(before, after, out / 'ranks.png')}")
 
     stage("5. Search", "")
     search(model)
     say(
-        f"\nDone in {(time.time() - started) / 60:.1f} minutes. What to type next:\n"
-        f"""  .venv/bin/python -c 'from sentence_transformers import SentenceTransformer as S; m = S("{MODEL}"); """
-        """print(m.similarity(m.encode_query(["your question"]), m.encode_document(["your text", "another"])))'\n"""
-        "  .venv/bin/hf-e5 train --help                    # your own data: docs/how-to/own_data.md\n"
-        f"  .venv/bin/hf-e5 push {MODEL} USER/NAME"
+        f"\nDone in {(time.time() - started) / 60:.1f} minutes. "
+        f"Load the model: SentenceTransformer('{model_folder}')\n"
+        "What to type next:\n"
+        f"  .venv/bin/hf-e5 verify {model_folder} --checkpoint {checkpoint}\n"
+        f"  .venv/bin/hf-e5 train --config smollm2_135m_cpu --model_name_or_path {model_folder} \\\n"
+        "      --dataset_name YOUR_ROWS.jsonl --output_dir outputs/mine\n"
+        f"  .venv/bin/hf-e5 push {model_folder} USER/NAME"
     )
 
 
-def train(test_rows: list[dict], dtype: torch.dtype, started: float) -> dict[str, RetrievalResult]:
-    """Evaluate the untrained model, then train it for as long as there is time; returns the untrained results."""
+def train(flags: list[str], test_rows: list[dict], untrained: Path, dtype: torch.dtype, deadline: float) -> None:
+    """Evaluate the untrained model into the file `untrained`, then train it for as long as there is time.
+
+    Args:
+        flags: What the recipe is told beside the model and its precision.
+        deadline: When all stages shall be done, in Unix seconds.
+    """
     since = time.time()
     precision = ["--dtype", str(dtype).removeprefix("torch."), "--bf16", str(dtype == torch.bfloat16)]
     model_args, data_args, training_args = parse_config(
         (ModelArguments, DataArguments, E5TrainingArguments),
-        ["--config", RECIPE, "--model_name_or_path", find_base_model(), "--dataset_name", str(DATASET),
-         "--output_dir", str(CHECKPOINT), "--restore_callback_states_from_checkpoint", "true", *precision],
+        ["--config", RECIPE, "--model_name_or_path", find_base_model(), *precision, *flags,
+         "--restore_callback_states_from_checkpoint", "true"],
     )  # fmt: skip
     transformers.set_seed(training_args.seed)
     model: E5Model = model_args.load()
@@ -105,18 +114,17 @@ def train(test_rows: list[dict], dtype: torch.dtype, started: float) -> dict[str
 
     since = time.time()
     before = evaluate_rows(test_rows, lambda texts: model.encode(texts, max_length=MAX_LENGTH))  # LoRA starts at zero
-    BEFORE.write_text(json.dumps({name: asdict(result) for name, result in before.items()}), encoding="utf-8")
+    untrained.write_text(json.dumps({name: asdict(result) for name, result in before.items()}), encoding="utf-8")
     evaluation_seconds = time.time() - since
 
-    # Export loads the model three times, in other forms; evaluation takes what it took now.
-    reserved = 3 * load_seconds + 1.5 * evaluation_seconds + 15
-    seconds = started + 60 * MINUTES - time.time() - reserved
+    # What is still to come: export loads the model twice and encodes a few texts, evaluation takes what it took now.
+    reserved = 2 * load_seconds + 1.2 * evaluation_seconds + 15
+    seconds = deadline - time.time() - reserved
     say(f"{max(seconds, 0):.0f} s are left for training: at most {training_args.max_steps} steps, as many as fit")
     fit = FitToTime(seconds)
     trainer = E5Trainer(model, training_args, train_dataset=data_args.load_train(), callbacks=[fit])
-    trainer.train(resume_from_checkpoint=last_checkpoint(CHECKPOINT))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
     trainer.save_model()
-    return before
 
 
 def find_base_model() -> str:
@@ -145,7 +153,7 @@ def say(text: object) -> None:
     print(text, flush=True)
 
 
-def draw_ranks(before: dict[str, RetrievalResult], after: dict[str, RetrievalResult]) -> Path:
+def draw_ranks(before: dict[str, RetrievalResult], after: dict[str, RetrievalResult], path: Path) -> Path:
     """Draw, for both models, the share of queries whose right document is among the first k."""
     import matplotlib
 
@@ -160,7 +168,6 @@ def draw_ranks(before: dict[str, RetrievalResult], after: dict[str, RetrievalRes
     axes.set_xticks([1, 5, 10, 15, 20])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    path = OUT / "ranks.png"
     figure.savefig(path, dpi=150)
     return path
 
@@ -183,4 +190,8 @@ def search(model: SentenceTransformer) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--started", type=float, default=time.time(), help="when the clock began, in Unix seconds")
-    main(parser.parse_args().started)
+    parser.add_argument("--minutes", type=float, default=9, help="for all stages; under ten, to have a reserve")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, default="outputs/quickstart")
+    args = parser.parse_args()
+    main(args.output, args.seed, args.started, args.minutes)

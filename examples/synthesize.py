@@ -10,7 +10,7 @@ python examples/synthesize.py --model Qwen/Qwen3-8B --base_url http://localhost:
 import argparse
 
 from hf_e5 import synthesize
-from hf_e5.synthesis.store import read_rows
+from hf_e5.records import read_rows
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,8 +10,7 @@ import sys
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from hf_e5 import E5Model, E5Trainer, E5TrainingArguments, export_sentence_transformer
-from hf_e5.data.mixture import load_mixture
+from hf_e5 import E5Model, E5Trainer, E5TrainingArguments, export_sentence_transformer, load_mixture
 
 
 def main(base: str, out: str = "outputs/example") -> None:

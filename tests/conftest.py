@@ -5,9 +5,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads sleep while they wait. Where another process wants a core, threads that spin keep one another off it, and
+# training for seconds takes minutes. On idle cores sleeping costs a quarter of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-
-SAMPLE = Path(__file__).parent.parent / "examples" / "data" / "triplets.jsonl"
+from support import SAMPLE, read_jsonl
 
 
 @pytest.fixture(scope="session")
 def sample_rows() -> list[dict]:
     """The first 400 records of the shipped sample set: real text of all six task types."""
-    with SAMPLE.open(encoding="utf-8") as lines:
-        return [json.loads(line) for _, line in zip(range(400), lines, strict=False)]
+    return read_jsonl(SAMPLE)[:400]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -61,12 +60,3 @@ def tiny_checkpoint(tmp_path_factory, sample_rows) -> Path:
     MistralModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-# Pages are tested in a real browser where there is one; elsewhere those tests are left out, and the header says so.
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-collect_ignore = [] if BROWSER else ["test_report_page.py"]
-
-
-def pytest_report_header() -> str:
-    return f"browser: {BROWSER}" if BROWSER else "browser: none found, tests/test_report_page.py is left out"

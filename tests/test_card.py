@@ -136,7 +136,7 @@ def test_unfiltered_records_of_a_run_claim_no_filters(run, tmp_path):
 def test_broken_log_is_named(run, tmp_path):
     (tmp_path / "records.jsonl").write_bytes((run / "records.jsonl").read_bytes())
     (tmp_path / "answers.jsonl").write_text('{"model": "big"\n{"model": "big"}\n')
-    with pytest.raises(InputError, match=r"answers\.jsonl: line 1 is no JSON object"):
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: not valid JSON"):
         build_dataset([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,9 +1,11 @@
+import argparse
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
 from hf_e5 import E5TrainingArguments
-from hf_e5.config import parse_config
+from hf_e5.config import add_fields, parse_config
 from hf_e5.errors import InputError
 
 
@@ -54,6 +56,29 @@ def test_missing_file_and_unknown_flag(tmp_path):
         parse_config((Model, Run), ["--config", "nowhere.yaml"])
     with pytest.raises(InputError, match="--speed"):
         parse_config((Model, Run), ["--name", "a", "--speed", "3"])
+
+
+@dataclass
+class Flags:
+    count: int = field(default=3, metadata={"help": "95 % of all"})
+    limit: float | None = field(default=None, metadata={"help": "none by default"})
+    mode: Literal["random", "top"] = field(default="random", metadata={"help": "one of two"})
+    fast: bool = field(default=False, metadata={"help": "a switch"})
+    unnamed: int = 7
+
+
+def test_fields_become_flags_with_types_choices_and_defaults():
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Flags)
+    add_fields(parser.add_argument_group("required"), Model)
+    parsed = vars(parser.parse_args(["--name", "a"]))
+    assert parsed == {"count": 3, "limit": None, "mode": "random", "fast": False, "name": "a"}
+    parsed = parser.parse_args(["--name", "a", "--count", "4", "--limit", "0.5", "--mode", "top", "--fast"])
+    assert (parsed.count, parsed.limit, parsed.mode, parsed.fast) == (4, 0.5, "top", True)
+    assert "95 % of all (default: 3)" in parser.format_help()
+    for wrong in (["--mode", "hard"], ["--count", "x"], []):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--name", "a", *wrong] if wrong else [])
 
 
 @pytest.mark.parametrize("name", ["mistral_7b_synthetic", "mistral_7b_synthetic_msmarco", "mistral_7b_full"])

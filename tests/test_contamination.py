@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pyarrow
 import pyarrow.parquet
@@ -36,13 +37,12 @@ def test_report_counts_distinct_texts_and_parts_low_entropy(tmp_path):
     training = [("a:1:query", QUESTION.upper()), ("a:2:query", QUESTION), ("a:2:positive", "Yes"), ("a:3:query", "no")]
     report = check_contamination(iter(training), tests)
     assert report.training_texts == 4
-    assert report.contaminated == 2
     nq, fever = report.test_sets["nq"], report.test_sets["fever"]
     assert (nq.test_texts, nq.contaminated, nq.low_entropy) == (3, 1, 1)
     assert (fever.test_texts, fever.contaminated, fever.low_entropy) == (1, 1, 0)
     assert nq.examples == [{"place": "a:1:query", "text": QUESTION.upper()}]
     assert "| nq | 3 | 1 | 33.33% | 1 |" in report.to_markdown()
-    json.dumps(report.to_dict())
+    json.dumps(asdict(report))
 
 
 def test_texts_are_read_from_every_format(tmp_path):

@@ -1,5 +1,9 @@
 """`E5Model.encode` against the backbone's own forward, one text at a time: nothing padded, packed or shared."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +67,9 @@ def load(checkpoint, *, has_adapter, **options):
 def plan(model, texts, instruction=None, batch_size=None):
     """The keyword arguments of the forward passes."""
     ids = tokenize(model.tokenizer, [format_query(text, instruction) for text in texts], MAX_LENGTH)
-    return ids, [batch.inputs for batch in forward_batches(model, ids, batch_size)]
+    return ids, [
+        batch.inputs for batch in forward_batches(model.backbone, ids, pooling=model.pooling, batch_size=batch_size)
+    ]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["adapter", "bare"])
@@ -148,13 +154,17 @@ def test_unknown_decoders_run_padded(model, monkeypatch):
     assert difference(model, TEXTS, INSTRUCTION) < 1e-5
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_encoder(tiny_checkpoint, tmp_path, pooling):
-    sizes = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 64}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    AutoModel.from_config(AutoConfig.for_model("bert", **sizes)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("architecture, pooling", [("bert", "mean"), ("bert", "first"), ("gpt2", "last")])
+def test_absolute_positions(tiny_checkpoint, tmp_path, architecture, pooling, padding_side):
+    """Padding in front of a text would shift its positions, so the tokenizer's side must not matter."""
+    sizes = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path)
     load(tiny_checkpoint, has_adapter=False).tokenizer.save_pretrained(tmp_path)
     model = load(tmp_path, has_adapter=False, pooling=pooling)
+    model.tokenizer.padding_side = padding_side
+    for parameter in model.parameters():  # as initialised, positions hardly matter
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     assert difference(model, TEXTS, INSTRUCTION) < 1e-5
 
 
@@ -181,6 +191,32 @@ def test_an_interrupted_call_leaves_the_model_as_it_was(model, monkeypatch):
     assert model.training and model.config._attn_implementation == attention
     model.eval()
     torch.testing.assert_close(model.encode(TEXTS), expected, atol=0, rtol=0)
+
+
+def test_threads_wait_for_each_other(model, monkeypatch):
+    """Each has a limit of its own. Without a lock both would be in the forward pass at once."""
+    monkeypatch.setattr(decoder, "FUSABLE", set())  # the path that changes the attention function for a while
+    attention, lengths = model.config._attn_implementation, (12, MAX_LENGTH)
+    expected = [model.encode(TEXTS, max_length=length) for length in lengths]
+    barrier, meetings = threading.Barrier(2), []
+
+    def meet(*_):
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody came
+            meetings.append(barrier.wait(timeout=1))
+
+    handle = model.register_forward_pre_hook(meet)
+    model.train()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda length: model.encode(TEXTS, max_length=length), lengths))
+    handle.remove()
+    assert not meetings and model.training and model.config._attn_implementation == attention
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_autograd_takes_the_vectors(model):
+    head = torch.nn.Linear(64, 2)
+    head(model.encode(TEXTS)).sum().backward()
+    torch.testing.assert_close(head.weight.grad[0], model.encode(TEXTS).sum(dim=0))
 
 
 def _last_norm(model):

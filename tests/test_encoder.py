@@ -1,6 +1,5 @@
 import pytest
 import torch
-from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
@@ -9,9 +8,9 @@ from transformers import AutoConfig, AutoModel
 from hf_e5 import E5Model
 from hf_e5.errors import InputError
 from hf_e5.instructions import format_query
+from support import lora_config
 
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
 TEXTS = ["a short text", "a much longer text about the weather in the mountains " * 6, "", "x"]
 
 
@@ -71,7 +70,7 @@ def test_full_checkpoint_round_trip(tiny_checkpoint, tmp_path, pooling):
 
 
 def test_adapter_round_trip(tiny_checkpoint, tmp_path):
-    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=LORA)
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config())
     base = model.encode(TEXTS)
     randomise_adapter(model)
     trained = model.encode(TEXTS)
@@ -87,7 +86,7 @@ def test_adapter_round_trip(tiny_checkpoint, tmp_path):
 def test_adapter_that_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    E5Model.from_pretrained(tiny_checkpoint, peft_config=LORA).save_pretrained(tmp_path)
+    E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "layers.7"): value for name, value in load_file(file).items()}, file)
     with pytest.raises(InputError, match="does not fit its base"):
@@ -95,7 +94,7 @@ def test_adapter_that_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
 
 
 def test_bf16_base_keeps_fp32_adapter_and_output(tiny_checkpoint):
-    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=LORA, dtype=torch.bfloat16)
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config(), dtype=torch.bfloat16)
     dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
     assert dtypes == {torch.float32}
     assert model.dtype == torch.bfloat16
@@ -103,7 +102,7 @@ def test_bf16_base_keeps_fp32_adapter_and_output(tiny_checkpoint):
 
 
 def test_gradient_checkpointing_trains_every_lora_tensor(tiny_checkpoint):
-    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=LORA)
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config())
     randomise_adapter(model)
     batch = model.tokenizer.pad({"input_ids": [[0, 5, 6, 7, 1], [0, 9, 1]]}, return_tensors="pt")
     gradients = []
@@ -169,7 +168,7 @@ def smollm2():
 
 def test_gguf_loads_trains_and_saves(smollm2, tmp_path):
     """A real LLM from a GGUF file: loads by path, has EOS, takes gradients; its adapter reloads on it."""
-    model = E5Model.from_pretrained(smollm2, peft_config=LORA, dtype=torch.bfloat16)
+    model = E5Model.from_pretrained(smollm2, peft_config=lora_config(), dtype=torch.bfloat16)
     (ids,) = [model.tokenizer("hello world " * 50, truncation=True, max_length=8)["input_ids"]]
     assert ids[-1] == model.tokenizer.eos_token_id
     model.train()

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -12,6 +11,7 @@ from hf_e5 import E5Model, export_sentence_transformer, verify_export
 from hf_e5.cli import main
 from hf_e5.errors import InputError
 from hf_e5.instructions import format_query
+from support import lora_config
 
 
 INSTRUCTION = "Given a question, retrieve passages"
@@ -21,8 +21,7 @@ TEXTS = ["a short text", "a longer text about mountains, lakes and rivers " * 40
 def trained(tiny_checkpoint, path, pooling=None, **kwargs):
     """A checkpoint whose adapter does something, as training leaves it."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=config, pooling=pooling, **kwargs)
+    model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config(), pooling=pooling, **kwargs)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -67,10 +66,19 @@ def test_full_checkpoint_without_normalisation(tiny_checkpoint, tmp_path):
 
 def test_e5model_loads_an_exported_folder(tiny_checkpoint, tmp_path):
     model = trained(tiny_checkpoint, tmp_path / "checkpoint", "mean")
-    export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
-    reloaded = E5Model.from_pretrained(tmp_path / "out")
+    with pytest.raises(InputError, match="pass instruction="):
+        model.encode_query(TEXTS)
+    out = tmp_path / "out"
+    export_sentence_transformer(tmp_path / "checkpoint", out, merge=True, instruction=INSTRUCTION, max_seq_length=24)
+    reloaded, exported = E5Model.from_pretrained(out), SentenceTransformer(str(out), device="cpu")
     assert reloaded.pooling == "mean"
-    torch.testing.assert_close(reloaded.encode(TEXTS), model.encode(TEXTS), atol=1e-5, rtol=0)
+    for found, expected in (
+        (reloaded.encode(TEXTS), model.encode(TEXTS)),
+        (reloaded.encode_query(TEXTS), exported.encode_query(TEXTS, convert_to_tensor=True)),
+        (reloaded.encode_document(TEXTS), exported.encode_document(TEXTS, convert_to_tensor=True)),
+        (reloaded.encode_query(TEXTS, instruction="", max_length=9), model.encode(TEXTS, max_length=9)),
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_chat_template_does_not_reach_the_vectors(tiny_checkpoint, tmp_path):
@@ -117,8 +125,7 @@ def test_layout_is_the_one_older_readers_know(tiny_checkpoint, tmp_path):
 
 
 def test_untrained_adapter_is_refused(tiny_checkpoint, tmp_path):
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    E5Model.from_pretrained(tiny_checkpoint, peft_config=config).save_pretrained(tmp_path / "checkpoint")
+    E5Model.from_pretrained(tiny_checkpoint, peft_config=lora_config()).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(InputError, match="changes nothing"):
         export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "out", merge=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]

@@ -30,7 +30,7 @@ def planted(sample_rows) -> tuple[list[dict], dict[str, str]]:
     words = long[7]["positive"].split(" ")
     words[3] = "zzzzz"
     defects = {
-        "empty": {**long[0], "negative": " "},
+        "empty": {**long[0], "negative": "..."},
         "length": {**long[1], "positive": "Short."},
         "copied_query": {**long[2], "query": long[2]["positive"][:80].lower()},
         "positive_equals_negative": {**long[3], "negative": long[3]["positive"]},

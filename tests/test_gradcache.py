@@ -4,15 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from step_reference import arguments, make_model, make_rows, reference, relative_error, run_step
 
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.errors import InputError
 from hf_e5.modeling.packed import decoder
 from hf_e5.training import gradcache
-from hf_e5.training.gradcache import ContrastiveStep
+from hf_e5.training.memory import graph_bytes
+from support.step_reference import make_model, make_rows, make_step, reference, relative_error, run_step
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +68,17 @@ def test_full_fine_tuning_equals_joint_backward(tiny_checkpoint):
 
 
 def test_activation_checkpointing_changes_nothing(tiny_checkpoint):
+    """The gradient stays; a graph that recomputes one of the two layers, or both, is smaller each time."""
     model, batch = make_model(tiny_checkpoint), E5DataCollator()(make_rows(7))
+    micro_batch = make_step(model).plan(batch).kept[0]
+    sizes = [graph_bytes(lambda: model(**micro_batch.inputs), model)]
     _, expected = run_step(model, batch)
-    model.activation_checkpointing_enable()
-    _, grads = run_step(model, batch)
-    assert relative_error(grads, expected) < 1e-6
+    for every_n_layers in (2, 1):
+        model.activation_checkpointing_enable(every_n_layers=every_n_layers)
+        _, grads = run_step(model, batch)
+        assert relative_error(grads, expected) < 1e-6
+        sizes.append(graph_bytes(lambda: model(**micro_batch.inputs), model))
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
@@ -137,7 +142,7 @@ def test_loss_scale_and_accumulation(model):
     first, second = E5DataCollator()(make_rows(4)), E5DataCollator()(make_rows(4, seed=1))
     (_, grads_first), (_, grads_second) = run_step(model, first), run_step(model, second)
     model.zero_grad()
-    step = ContrastiveStep(model, arguments(), Accelerator(cpu=True))
+    step = make_step(model)
     for batch in (first, second):
         step(batch, loss_scale=0.5)
     for name, parameter in model.named_parameters():
@@ -159,7 +164,7 @@ def test_auto_keeps_what_the_free_memory_allows(model, monkeypatch):
     grads = {}
     for free in (0, 3_000_000, 10**12):
         monkeypatch.setattr(gradcache, "free_memory", lambda device, free=free: free)
-        step = ContrastiveStep(model, arguments(keep_graph_num_tokens="auto"), Accelerator(cpu=True))
+        step = make_step(model, keep_graph_num_tokens="auto")
         plan = step.plan(batch)
         grads[len(plan.recomputed)] = run_step(model, batch, keep_graph_num_tokens="auto")[1]
     recomputed = list(grads)
@@ -170,4 +175,4 @@ def test_auto_keeps_what_the_free_memory_allows(model, monkeypatch):
 def test_fsdp_version_1_is_refused(model):
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(InputError, match="FSDP is not supported: use .* FSDP version 2"):
-        ContrastiveStep(model, arguments(), accelerator)
+        make_step(model, accelerator)

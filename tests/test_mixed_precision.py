@@ -3,17 +3,16 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from step_reference import arguments, flat_error, make_model, make_rows, reference, relative_error
 
 from hf_e5.data.collator import E5DataCollator
-from hf_e5.training.gradcache import ContrastiveStep
+from support.step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 
 
 def gradients(model, rows, *, scale=None, **options):
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad])
     accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    ContrastiveStep(model, arguments(**options), accelerator)(E5DataCollator()(rows))
+    make_step(model, accelerator, **options)(E5DataCollator()(rows))
     if scale is not None:
         accelerator.scaler.unscale_(optimizer)
     return {name: value.grad for name, value in model.named_parameters() if value.requires_grad}

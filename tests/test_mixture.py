@@ -149,8 +149,8 @@ def test_empty_rows_are_refused_or_dropped(tmp_path):
 
 # What is wrong with a mixture -> the words that must name it.
 BROKEN_MIXTURES = {
-    "not a mapping": ("- a\n- b", "expected 'datasets:'"),
-    "not yaml": ("datasets: [", "not YAML"),
+    "not a mapping": ("- a\n- b", "expected `name: value` lines, found list"),
+    "not yaml": ("datasets: [", "not valid YAML"),
     "no datasets": ("datasets: []", "expected 'datasets:'"),
     "unknown top-level key": ("datasets: [{path: F}]\nseeds: 1", "unknown key 'seeds'"),
     "bad seed": ("datasets: [{path: F}]\nseed: -1", "'seed' must be a whole number"),

@@ -1,14 +1,15 @@
 """The notebook of examples/ runs from first cell to last, and its search finds what the trained model finds."""
 
 import json
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from support import ROOT
 
-NOTEBOOK = Path(__file__).parent.parent / "examples" / "from_records_to_search.ipynb"
+
+NOTEBOOK = ROOT / "examples" / "from_records_to_search.ipynb"
 
 # Run after the last cell: what the notebook made, and the similarities of the model before the export.
 LOOK = """

@@ -27,3 +27,17 @@ def test_every_command_has_help(command, capsys):
         main([command, "--help"])
     assert exit_.value.code == 0
     assert f"hf-e5 {command}" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_one_line_that_names_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    for module in [name for name in sys.modules if name.startswith(("hf_e5.synthesis", "hf_e5.commands.synth"))]:
+        monkeypatch.delitem(sys.modules, module)
+    assert main(["synthesize", "--help"]) == 2
+    assert capsys.readouterr().err == ("hf-e5 synthesize: openai is not installed: pip install 'hf-e5[synthesis]'\n")
+
+
+def test_a_value_that_transformers_refuses_is_one_line(tiny_checkpoint, capsys):
+    flags = ["--model_name_or_path", str(tiny_checkpoint), "--dataset_name", "rows.jsonl", "--optim", "adamm"]
+    assert main(["train", *flags]) == 2
+    assert "adamm" in capsys.readouterr().err.splitlines()[-1]

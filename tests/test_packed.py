@@ -5,10 +5,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
 
 from hf_e5.modeling.packed import layout as packing
-from hf_e5.modeling.packed.attention import packed_attention
+from hf_e5.modeling.packed.attention import _flash_attention, packed_attention
 from hf_e5.modeling.packed.decoder import FUSABLE, PACKABLE, _fused_layers, pack_forward, supports_packing
 from hf_e5.modeling.packed.fused_lora import Projection
-from hf_e5.modeling.packed.layout import make_packs, padding_share
+from hf_e5.modeling.packed.layout import make_packs
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def test_little_is_padded_on_real_lengths():
     lengths = torch.distributions.LogNormal(4.5, 0.8).sample((1000,)).long().clamp(1, 512)
     packs = make_packs(torch.zeros(int(lengths.sum()), dtype=torch.int64), lengths, max_tokens=16_384)
     assert sum(pack.num_tokens for pack in packs) < 1.03 * lengths.sum()  # what linear layers compute
-    assert padding_share(packs) < 0.15
+    groups = [group for pack in packs for group in pack.groups]
+    places = sum(group.num_texts * group.length for group in groups)
+    assert places < sum(group.stop - group.start for group in groups) / 0.85  # what attention computes
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
@@ -74,6 +76,38 @@ def test_attention_equals_attention_per_text(texts, heads, kv_heads):
         seed = torch.randn_like(expected)
         grads, expected_grads = (torch.autograd.grad(value, states, seed) for value in (output, expected))
         torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("torch_version", ["2.11", "2.12"])
+def test_the_flash_kernel_is_called_as_torch_declares_it(texts, monkeypatch, torch_version):
+    """A stand-in for the CUDA kernel with the signature of each version, computed text by text."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size == (-1, 0)
+        attended = []
+        for start, stop, key_start, key_stop in zip(
+            *(offsets[part].tolist() for offsets in (cu_seq_q, cu_seq_k) for part in (slice(-1), slice(1, None))),
+            strict=True,
+        ):
+            q, k, v = query[start:stop], key[key_start:key_stop], value[key_start:key_stop]
+            assert len(q) <= max_q and len(k) <= max_k
+            k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+            mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            q, k, v = (states.transpose(0, 1) for states in (q, k, v))
+            attended.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1))
+        return torch.cat(attended)
+
+    def with_flag(query, key, *args, enable_gqa=False, **options):
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        return varlen_attn(query, key, *args, **options)
+
+    kernel = varlen_attn if torch_version == "2.11" else with_flag
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    for pack in make_packs(texts[0], texts[1], max_tokens=400, prefix_lengths=texts[2]):
+        for kv_heads in (2, 6):
+            states = [torch.randn(pack.num_tokens, count, 8, dtype=torch.float64) for count in (6, kv_heads, kv_heads)]
+            expected = packed_attention(*states, pack, 0.3)
+            torch.testing.assert_close(_flash_attention(*states, pack, 0.3), expected, rtol=1e-12, atol=1e-12)
 
 
 def attention_per_segment(query, key, value, pack, scale):

@@ -1,38 +1,29 @@
 """Shipped recipes by name, and paths in a YAML file, which are relative to that file."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_e5 import E5TrainingArguments
-from hf_e5.cli import main
-from hf_e5.config import parse_config
+from hf_e5.config import beside, parse_config
 from hf_e5.data.mixture import load_mixture
 from hf_e5.data.mixture_config import read_mixture
 from hf_e5.errors import InputError
-from hf_e5.shipped_recipes import beside, list_recipes
+from hf_e5.shipped_recipes import list_recipes
 from hf_e5.synthesis.config import load_config
 from hf_e5.training.arguments import DataArguments, ModelArguments
+from support import ROOT, run_cli, write_jsonl
 
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+FOLDER = ROOT / "recipes"
 TYPES = (ModelArguments, DataArguments, E5TrainingArguments)
-
-
-def run(*command: str) -> int | None:
-    try:
-        return main(list(command))
-    except SystemExit as leave:
-        return leave.code
 
 
 def test_every_yaml_is_listed_under_a_name_of_its_own(capsys):
     assert {recipe.path for recipe in list_recipes()} == set(FOLDER.resolve().rglob("*.yaml"))
     assert max(Counter(recipe.name for recipe in list_recipes()).values()) == 1
-    assert run("recipes") == 0
+    assert run_cli("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list_recipes())
     for recipe, line in zip(list_recipes(), lines, strict=True):
@@ -48,7 +39,7 @@ def test_a_name_stands_for_the_file_wherever_one_is(tmp_path, monkeypatch, capsy
     assert model.model_name_or_path == "mistralai/Mistral-7B-v0.1" and training.output_dir == "outputs/mistral-7b-full"
     assert data.dataset_name == str((FOLDER / "configs/mixtures/full.yaml").resolve())
     assert load_config("quick").num_examples == 300
-    assert run("recipes", "zero3") == 0
+    assert run_cli("recipes", "zero3") == 0
     assert capsys.readouterr().out.strip() == str((FOLDER / "accelerate_configs/zero3.yaml").resolve())
     # A file of that name comes first; a recipe of another kind is none.
     (tmp_path / "quick").write_text("num_examples: 7")
@@ -57,13 +48,13 @@ def test_a_name_stands_for_the_file_wherever_one_is(tmp_path, monkeypatch, capsy
         parse_config(TYPES, ["--config", "e5_500k"])
     with pytest.raises(InputError, match="did you mean 'mistral_7b_full'"):
         parse_config(TYPES, ["--config", "mistral_7b_ful"])
-    assert run("recipes", "--copy", "x") == run("recipes", "nothing") == 2
+    assert run_cli("recipes", "--copy", "x") == run_cli("recipes", "nothing") == 2
 
 
 def test_a_copy_can_be_edited_and_trained_with(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("recipes", "mistral_7b_full", "--copy", "recipes") == 0
-    assert run("recipes", "own_task_type", "--copy", "recipes") == 0
+    assert run_cli("recipes", "mistral_7b_full", "--copy", "recipes") == 0
+    assert run_cli("recipes", "own_task_type", "--copy", "recipes") == 0
     copied = {path.relative_to(tmp_path / "recipes").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert copied == {
         "configs/mistral_7b_full.yaml",
@@ -77,7 +68,7 @@ def test_a_copy_can_be_edited_and_trained_with(tmp_path, monkeypatch, capsys):
     assert data.dataset_name == str(tmp_path / "recipes/configs/mixtures/full.yaml")
     (tmp_path / "data" / "synthetic").mkdir(parents=True)
     assert read_mixture(data.dataset_name)[0][0].path == str(tmp_path / "data" / "synthetic")
-    assert run("recipes", "mistral_7b_full", "--copy", "recipes") == 2
+    assert run_cli("recipes", "mistral_7b_full", "--copy", "recipes") == 2
     assert "mistral_7b_full.yaml: exists" in capsys.readouterr().err
 
 
@@ -85,8 +76,7 @@ def test_paths_in_a_file_are_relative_to_it_and_flags_to_the_working_directory(t
     there, here = tmp_path / "there", tmp_path / "here"
     for number, folder in enumerate((there, here), 1):
         folder.mkdir()
-        rows = "".join(json.dumps(row) + "\n" for row in sample_rows[:number])
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+        write_jsonl(folder / "rows.jsonl", sample_rows[:number])
     monkeypatch.chdir(here)
     values = {"model_name_or_path": "user/model", "dataset_name": "rows.jsonl", "output_dir": "out", "use_cpu": True}
     (there / "config.yaml").write_text(yaml.safe_dump(values))

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,8 @@ from hf_e5.data.provenance import read_provenance
 from hf_e5.errors import InputError
 from hf_e5.filters.record_filters import FILTERS
 from hf_e5.filters.run import filter_records
+from hf_e5.languages import load_languages
+from hf_e5.report.figures import plot_shares
 from hf_e5.report.statistics import Sample, distinct_ngrams, read_usage
 from hf_e5.report.write import write_report
 
@@ -112,6 +115,39 @@ def test_report_of_filtered_records(tmp_path, sample_rows):
     assert all(link.startswith("#") for link in page.links)
 
 
+BLUE, GREY, ORANGE = (0x00, 0x72, 0xB2), (0xB8, 0xBE, 0xC6), (0xD5, 0x5E, 0x00)
+
+
+def pixels(path: Path, side: int, color: tuple[int, int, int]) -> np.ndarray:
+    """Where one half of the figure, 0 (task types) or 1 (languages), has exactly this colour."""
+    with Image.open(path) as image:
+        return (np.array_split(np.asarray(image.convert("RGB")), 2, axis=1)[side] == color).all(axis=-1)
+
+
+def test_bars_are_as_long_as_their_shares_whatever_their_names(tmp_path):
+    path, _ = plot_shares({"$a_{$": 3, "own $type$": 1}, {"en": 4}, tmp_path / "figure")
+    widths = set(pixels(path, 0, BLUE).sum(axis=1).tolist()) - {0}
+    assert abs(max(widths) - 3 * min(widths)) <= 4  # edges that fall within a pixel
+    assert not any(pixels(path, side, color).any() for side in (0, 1) for color in (GREY, ORANGE))
+
+
+def test_marks_are_at_the_shares_of_the_paper(tmp_path):
+    path, _ = plot_shares({"short_long": 5, "sts": 5}, {"en": 1}, tmp_path / "figure")
+    columns = np.flatnonzero(pixels(path, 0, BLUE).any(axis=0))
+    mark = next(np.flatnonzero(row) for row in pixels(path, 0, ORANGE) if row.any())
+    share = 0.5 * (mark.mean() - columns[0]) / (columns[-1] - columns[0])
+    assert share == pytest.approx(167 / 507, abs=0.005)
+
+
+def test_languages_beyond_the_first_14_are_one_bar(tmp_path):
+    languages = dict.fromkeys(list(load_languages())[:14], 9) | {"xx": 4, "yy": 5}
+    path, _ = plot_shares({"own": 1}, languages, tmp_path / "figure")
+    bars = {color: pixels(path, 1, color).sum(axis=1) for color in (BLUE, GREY)}
+    assert abs(int(bars[BLUE].max()) - int(bars[GREY].max())) <= 2
+    starts = {color: int((np.diff(rows > 0) & (rows[1:] > 0)).sum()) for color, rows in bars.items()}
+    assert starts == {BLUE: 14, GREY: 1}
+
+
 def test_figure_2(tmp_path, sample_rows):
     write(tmp_path / "records.jsonl", sample_rows)
     write_report(tmp_path)
@@ -127,18 +163,38 @@ def test_figure_2(tmp_path, sample_rows):
 def test_text_of_a_model_cannot_leave_its_place(tmp_path, sample_rows):
     evil = "</script><script>alert(1)</script><!--<script> <img src=x onerror=alert(2)> & \u2028 {{ 7 * 7 }} ]]>"
     fields = {"query": evil, "positive": evil, "negative": evil + "x", "instruction": evil, "model": evil}
-    row = {**sample_rows[0], **fields, "id": evil, "task_type": evil, "language": evil, "placeholders": {evil: evil}}
-    write(tmp_path / "records.jsonl", [row, *sample_rows[:3]])
+    row = {**sample_rows[0], **fields, "id": evil, "placeholders": {evil: evil}}
+    dropped = {**row, "id": f"{evil}2", "task_type": evil, "language": evil}
+    write(tmp_path / "records.jsonl", [row, dropped, *sample_rows[:3]])
     with open(tmp_path / "records.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "half a pair", "task_type": "\\ud83d", "query": "\\ud83d"}\n')
     filter_records(tmp_path, skip=FILTERS.keys() - {"schema"}, num_proc=1)
     write_report(tmp_path)
     page = Page(tmp_path / "report" / "index.html")
     assert page.elements["script"] == 2 and page.elements["img"] == 0
-    assert {name: page.rows()[0][name] for name in fields} == fields
+    shown = {row["id"]: row for row in page.rows()}
+    for written in (row, dropped):
+        assert {name: shown[written["id"]][name] for name in written} == written
     source = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "<img" not in source and "49" not in re.sub(r"\d{3,}", "", page.rows()[0]["query"])
     assert "sha256-" in source.split("</head>")[0]
+
+
+def test_a_dropped_record_of_the_wrong_types_is_shown_as_text(tmp_path, sample_rows):
+    odd = {
+        "id": "odd",
+        "task_type": ["a"],
+        "query": 5,
+        "positive": [{"b": None}],
+        "negative": False,
+        "language": {"c": 1},
+    }
+    write(tmp_path / "records.jsonl", [*sample_rows[:3], odd])
+    filter_records(tmp_path, num_proc=1)
+    assert write_report(tmp_path)["dropped_by_task_type"] == {"['a']": {"schema": 1}}
+    shown = Page(tmp_path / "report" / "index.html").rows()[-1]
+    texts = {"id": "odd", "task_type": '["a"]', "query": "5", "positive": '[{"b": null}]', "language": '{"c": 1}'}
+    assert {name: shown[name] for name in texts} == texts
 
 
 def test_a_large_run_is_shown_as_a_sample(tmp_path, sample_rows):
@@ -276,7 +332,7 @@ def test_usage_without_prices_and_with_a_torn_line(tmp_path):
     assert usage["usd_per_1k_records"] is None and usage["models"]["m"]["cost"] is None
     assert usage["tokens_per_record"] == 15
     path.write_text('{"mod\n' + json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=r"answers\.jsonl: line 1 is no JSON object"):
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: not valid JSON"):
         read_usage(path, 1)
 
 

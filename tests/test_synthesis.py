@@ -15,37 +15,21 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import llm_server
 import pytest
+import synthesis_resilience as resilience
 from llmock.routers import batch as llmock_batch
 
 import hf_e5
 from hf_e5 import cli
 from hf_e5.errors import InputError
-from hf_e5.records import RECORD_COLUMNS
+from hf_e5.records import RECORD_COLUMNS, read_rows
 from hf_e5.synthesis import client as client_module
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.executors.batch import BatchExecutor
 from hf_e5.synthesis.pipeline import SynthesisOptions
 from hf_e5.synthesis.plan import Plan
-from hf_e5.synthesis.store import read_rows
-
-
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-
-
-def load_benchmark(name):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-llm_server = load_benchmark("llm_server")
-resilience = load_benchmark("synthesis_resilience")
+from support import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +414,7 @@ def test_another_seed_in_the_same_folder_is_refused(tmp_path, server):
 
 
 def test_every_recipe_is_valid():
-    recipes = sorted((BENCHMARKS.parent.parent / "recipes" / "synthesis").glob("*.yaml"))
+    recipes = sorted((ROOT / "recipes" / "synthesis").glob("*.yaml"))
     assert len(recipes) >= 3
     for recipe in recipes:
         plan = Plan(load_config(recipe, models={"m": 1.0}))

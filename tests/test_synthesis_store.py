@@ -7,8 +7,8 @@ import os
 import pytest
 
 from hf_e5.errors import InputError
-from hf_e5.records import RECORD_COLUMNS
-from hf_e5.synthesis.store import AnswerStore, read_rows
+from hf_e5.records import RECORD_COLUMNS, read_rows
+from hf_e5.synthesis.store import AnswerStore
 
 
 def row(number, *, error=None, attempt=1, final=True, cost=0.5):
@@ -127,7 +127,7 @@ def test_a_folder_belongs_to_one_plan(tmp_path):
 
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps(row(1)) + "\nnonsense\n" + json.dumps(row(2)) + "\n")
-    with pytest.raises(InputError, match="line 2"):
+    with pytest.raises(InputError, match=r"answers\.jsonl:2: not valid JSON"):
         AnswerStore(tmp_path)
 
 

@@ -1,9 +1,9 @@
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from conftest import make_tokenizer
 from hf_e5.errors import InputError
 from hf_e5.modeling.tokenizer import end_token_id, ensure_eos, load_tokenizer, tokenize
 

@@ -1,10 +1,8 @@
 """`hf-e5 train` and the recipe script: one run, told by a file, by flags, or by both."""
 
-import json
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,10 @@ from safetensors.torch import load_file
 from hf_e5 import E5TrainingArguments
 from hf_e5.cli import main
 from hf_e5.training.arguments import DataArguments, ModelArguments
+from support import ROOT, write_jsonl
 
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "train_mistral.py"
+RECIPE = ROOT / "recipes" / "train_mistral.py"
 SETTINGS = """
 use_peft: true
 lora_r: 4
@@ -36,9 +35,8 @@ report_to: none
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_checkpoint, sample_rows):
     folder = tmp_path_factory.mktemp("config")
-    rows = "".join(json.dumps(row) + "\n" for row in sample_rows[:64])
-    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    data = f"model_name_or_path: {tiny_checkpoint}\ndataset_name: {folder / 'rows.jsonl'}\n"
+    rows = write_jsonl(folder / "rows.jsonl", sample_rows[:64])
+    data = f"model_name_or_path: {tiny_checkpoint}\ndataset_name: {rows}\n"
     (folder / "config.yaml").write_text(data + SETTINGS, encoding="utf-8")
     return str(folder / "config.yaml")
 

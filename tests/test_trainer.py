@@ -2,7 +2,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from sentence_transformers.util import cos_sim
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_e5 import E5Model, E5Trainer, E5TrainingArguments
+from hf_e5.config import parse_config
 from hf_e5.errors import InputError
 from hf_e5.instructions import format_query
-from hf_e5.training.trainer import last_checkpoint
+from hf_e5.training.arguments import ModelArguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,43 @@ def test_bad_arguments(tmp_path, options, message):
         arguments(tmp_path, **options)
 
 
+@pytest.mark.parametrize("value", ["300", "auto"])
+def test_kept_tokens_from_a_flag_and_from_yaml(tmp_path, value):
+    (tmp_path / "config.yaml").write_text(f"output_dir: x\nkeep_graph_num_tokens: {value}\n")
+    for flags in (["--output_dir", "x", "--keep_graph_num_tokens", value], ["--config", f"{tmp_path}/config.yaml"]):
+        (args,) = parse_config((E5TrainingArguments,), flags)
+        assert args.kept_tokens() == ("auto" if value == "auto" else 300)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_lora_adapts_all_seven_linear_layers(tmp_path, tiny_checkpoint, model_type):
+    """The paper's adapter. Three layers, as in a real model: in smaller ones peft spells out every layer."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    E5Model.from_pretrained(tiny_checkpoint).tokenizer.save_pretrained(tmp_path)
+    model = ModelArguments(str(tmp_path), use_peft=True).load()
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert model.backbone.peft_config["default"].target_modules == names
+    assert len([name for name, _ in model.named_parameters() if "lora_A" in name]) == 3 * 7
+
+
+@pytest.mark.parametrize("value, count", [("q_proj", 2), ("[q_proj, v_proj]", 4), ("[all-linear]", 14)])
+def test_lora_targets_from_yaml(tmp_path, tiny_checkpoint, value, count):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model_name_or_path: {tiny_checkpoint}\nuse_peft: true\nlora_target_modules: {value}\n")
+    (args,) = parse_config((ModelArguments,), ["--config", str(path)])
+    assert len([name for name, _ in args.load().named_parameters() if "lora_A" in name]) == count
+
+
+def test_lora_targets_that_are_not_there(tiny_checkpoint):
+    with pytest.raises(InputError, match="cannot put an adapter on .*c_attn.* not found") as error:
+        ModelArguments(str(tiny_checkpoint), use_peft=True, lora_target_modules=["c_attn"]).load()
+    assert "\n" not in str(error.value)
+
+
 def test_best_model_is_loaded_at_the_end(tiny_checkpoint, rows, tmp_path):
     model = E5Model.from_pretrained(tiny_checkpoint, peft_config=lora())
     args = arguments(
@@ -211,16 +249,28 @@ def uninterrupted(tiny_checkpoint, data, tmp_path_factory):
     return output_dir
 
 
+KILLED_AFTER_STEP_7 = """
+import os, runpy, signal, sys
+from transformers import TrainerCallback, trainer
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.DEFAULT_CALLBACKS.append(Kill)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tiny_checkpoint, data, uninterrupted, tmp_path):
     command = recipe_command(tiny_checkpoint, data, tmp_path, "--per_device_train_batch_size", "16")
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while last_checkpoint(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_STEP_7, *command], stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    (tmp_path / "checkpoint-9").mkdir(exist_ok=True)  # as if killed again, while saving
+    assert (tmp_path / "checkpoint-6").exists()
+    (tmp_path / "checkpoint-9").mkdir()  # as if killed again, while saving
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{")
     run(*command)
     expected, resumed = weights(uninterrupted), weights(tmp_path)

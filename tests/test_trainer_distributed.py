@@ -1,30 +1,26 @@
 """The trainer under the shipped accelerate configurations, with two processes: train, save, reload, resume."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from distributed_training import train
 from safetensors.torch import load_file
-from step_reference import relative_error
 
 from hf_e5 import E5Model
+from support import ROOT, write_jsonl
+from support.distributed_training import train
+from support.step_reference import relative_error
 
 
-HERE = Path(__file__).parent
-CONFIGS = HERE.parent / "recipes" / "accelerate_configs"
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, sample_rows):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in sample_rows[:100]), encoding="utf-8")
-    return str(path)
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", sample_rows[:100]))
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
@@ -37,9 +33,9 @@ def one_process(request, tiny_checkpoint, data, tmp_path_factory):
 def launch(config, *arguments, precision):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", precision]
-    command += [str(HERE / "distributed_training.py"), *map(str, arguments)]
+    command += ["-m", "support.distributed_training", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
     assert result.returncode == 0, result.stderr[-3000:]
 
 

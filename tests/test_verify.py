@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import corruptions
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +13,6 @@ from hf_e5.errors import InputError
 from hf_e5.export.settings import ExportSettings
 from hf_e5.export.verify import Probes, max_difference
 from hf_e5.modeling.tokenizer import tokenize
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
-import corruptions  # noqa: E402
 
 
 VECTORS = "vectors differ from that model's by"

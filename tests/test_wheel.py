@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from hf_e5.cli import COMMANDS
+from support import ROOT, SAMPLE, read_jsonl, write_jsonl
 
 
-ROOT = Path(__file__).parent.parent
 # What the commands read at run time, beside Python files.
 DATA = {".yaml", ".jinja", ".tsv", ".txt", ".css", ".js", ".md", ".typed"}
 
@@ -46,8 +46,7 @@ def test_every_command_works_without_the_repository(wheel, tiny_checkpoint, tmp_
     work.mkdir()
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", site, wheel]
     subprocess.run(install, check=True)
-    with open(ROOT / "examples" / "data" / "triplets.jsonl", encoding="utf-8") as lines:
-        (work / "records.jsonl").write_text("".join(line for line, _ in zip(lines, range(60), strict=False)))
+    write_jsonl(work / "records.jsonl", read_jsonl(SAMPLE)[:60])
     env = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
 
     def run(*command, code=0):

@@ -14,19 +14,17 @@ import argparse
 import gc
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from step_common import LORA_TARGETS, matrix_product_rate, save_result
+from step_common import matrix_product_rate, save_result
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel
@@ -34,8 +32,8 @@ from transformers import MistralConfig, MistralModel
 from hf_e5.data.collator import E5DataCollator
 from hf_e5.modeling.encoder import E5Model
 from hf_e5.modeling.packed import decoder, fused_ops
-from hf_e5.training.arguments import E5TrainingArguments
 from hf_e5.training.gradcache import ContrastiveStep
+from hf_e5.training.objective import ContrastiveObjective
 
 
 PAPER_STEPS = 880
@@ -65,15 +63,6 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_step.py needs a CUDA device")
-    settings = {  # before the accelerator: making them resets its state
-        keep: E5TrainingArguments(
-            output_dir=tempfile.gettempdir(),
-            mini_batch_num_tokens=args.mini_batch_num_tokens,
-            keep_graph_num_tokens=keep,
-            mask_duplicates=False,
-        )
-        for keep in ("auto", "0")
-    }
     accelerator = Accelerator(mixed_precision="bf16")
     config = MistralConfig(num_hidden_layers=args.layers, dtype=torch.bfloat16)
     model = accelerator.prepare(make_model(config, accelerator.device))
@@ -98,7 +87,7 @@ def main() -> None:
         save_result(args.output, {"layers": args.layers, "rate": rate, "runs": runs})
         return run
 
-    ours = partial(our_step, model, accelerator, settings["auto"])
+    ours = partial(our_step, model, accelerator, args.mini_batch_num_tokens, "auto")
     record("hf-e5, whole batch", args.triplets, ours)
     base = record("hf-e5", args.peer_triplets, ours)
     for size in args.peer_mini_batch_sizes:
@@ -113,8 +102,8 @@ def main() -> None:
         record("hf-e5, the size of what follows", args.economy_triplets, ours)
     for economy in args.without:
         with ECONOMIES[economy]():
-            setting = settings["0" if economy == "kept graphs" else "auto"]
-            make_step = partial(our_step, model, accelerator, setting)
+            keep: int | Literal["auto"] = 0 if economy == "kept graphs" else "auto"
+            make_step = partial(our_step, model, accelerator, args.mini_batch_num_tokens, keep)
             record(f"hf-e5 without {economy}", args.economy_triplets, make_step)
 
 
@@ -123,13 +112,14 @@ def make_model(config: MistralConfig, device: torch.device) -> E5Model:
     torch.manual_seed(0)
     with device:
         backbone = MistralModel(config).bfloat16()
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    tokenizer: Any = SimpleNamespace(padding_side="right")
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+    tokenizer: Any = None
     return E5Model(get_peft_model(backbone, lora), tokenizer).train()
 
 
-def our_step(model: E5Model, accelerator: Accelerator, settings: E5TrainingArguments) -> Step:
-    step = ContrastiveStep(model, settings, accelerator)
+def our_step(model: E5Model, accelerator: Accelerator, budget: int, keep: int | Literal["auto"]) -> Step:
+    objective = ContrastiveObjective(temperature=0.02, gather_across_devices=False, mask_duplicates=False)
+    step = ContrastiveStep(model, objective, accelerator, mini_batch_num_tokens=budget, keep_graph_num_tokens=keep)
 
     def run(rows: list[dict]) -> float:
         batch = {key: value.to(accelerator.device) for key, value in E5DataCollator()(rows).items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
 
 import numpy as np
@@ -58,14 +57,9 @@ def measure(size: int, args: argparse.Namespace) -> dict:
     from peft import LoraConfig, get_peft_model
 
     from hf_e5.modeling.encoder import E5Model
-    from hf_e5.training.arguments import E5TrainingArguments
     from hf_e5.training.gradcache import ContrastiveStep
+    from hf_e5.training.objective import ContrastiveObjective
 
-    settings = E5TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        mini_batch_num_tokens=args.mini_batch_num_tokens,
-        keep_graph_num_tokens=args.keep_graph_num_tokens,
-    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4
@@ -74,7 +68,13 @@ def measure(size: int, args: argparse.Namespace) -> dict:
         LlamaModel(config).bfloat16(), LoraConfig(r=16, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
     )
     model = E5Model(backbone, tokenizer=None).train()  # type: ignore[arg-type]  # the rows are token ids already
-    step = ContrastiveStep(model, settings, Accelerator())
+    step = ContrastiveStep(
+        model,
+        ContrastiveObjective(temperature=0.02, gather_across_devices=False, mask_duplicates=True),
+        Accelerator(),
+        mini_batch_num_tokens=args.mini_batch_num_tokens,
+        keep_graph_num_tokens=args.keep_graph_num_tokens,
+    )
     for seed in range(1, 5):  # matrix libraries keep what they compile for the shapes that training meets
         step(E5DataCollator()(make_rows(64, seed)))
     batch = E5DataCollator()(make_rows(size))

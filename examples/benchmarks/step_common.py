@@ -20,7 +20,6 @@ from hf_e5.training.memory import free_memory
 
 
 SAMPLE = Path(__file__).parent.parent / "data" / "triplets.jsonl"
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def read_rows(source: Path, count: int, seed: int = 0) -> list[dict]:
@@ -55,7 +54,7 @@ def default_model() -> str:
 def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> E5Model:
     """The model with a LoRA adapter (r 16, no dropout) whose weights are random, alike in every process."""
     config = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="FEATURE_EXTRACTION"
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
     )
     torch.manual_seed(0)
     model = E5Model.from_pretrained(name, peft_config=config, dtype=dtype)

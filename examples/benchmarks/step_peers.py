@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +22,9 @@ from hf_e5.data.collator import E5DataCollator
 from hf_e5.data.tokenization import tokenize_dataset
 from hf_e5.instructions import format_query
 from hf_e5.modeling.encoder import E5Model
-from hf_e5.modeling.packed.layout import Pack, padding_share
-from hf_e5.training.arguments import E5TrainingArguments
+from hf_e5.modeling.packed.layout import Pack
 from hf_e5.training.gradcache import ContrastiveStep
+from hf_e5.training.objective import ContrastiveObjective
 
 
 TEMPERATURE = 0.02
@@ -42,17 +43,11 @@ class Step:
 Prepare = Callable[[list[dict]], Step]
 
 
-def hf_e5(model: E5Model, is_bf16: bool, mini_batch_num_tokens: int = 4096, keep_graph_num_tokens: str = "auto"):
+def hf_e5(model: E5Model, is_bf16: bool, **budgets: int | Literal["auto"]) -> Prepare:
     """Our step. Duplicates are not masked, because no peer masks them."""
-    settings = E5TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        temperature=TEMPERATURE,
-        mini_batch_num_tokens=mini_batch_num_tokens,
-        keep_graph_num_tokens=keep_graph_num_tokens,
-        mask_duplicates=False,
-    )
+    objective = ContrastiveObjective(temperature=TEMPERATURE, gather_across_devices=False, mask_duplicates=False)
     accelerator = _accelerator(is_bf16)
-    step = ContrastiveStep(accelerator.prepare(model), settings, accelerator)
+    step = ContrastiveStep(accelerator.prepare(model), objective, accelerator, **budgets)
 
     def prepare(rows: list[dict]) -> Step:
         batch = E5DataCollator()(list(tokenize_dataset(Dataset.from_list(rows), model.tokenizer)))
@@ -61,10 +56,13 @@ def hf_e5(model: E5Model, is_bf16: bool, mini_batch_num_tokens: int = 4096, keep
         def details() -> dict:
             plan = step.plan(batch)
             packs = [pack for pack in (*plan.kept, *plan.recomputed) if isinstance(pack, Pack)]
+            groups = [group for pack in packs for group in pack.groups]
+            rows = sum(group.stop - group.start for group in groups)
+            places = sum(group.num_texts * group.length for group in groups)
             return {
                 "tokens_computed": sum(pack.num_tokens for pack in packs),
                 "tokens_recomputed": sum(pack.num_tokens for pack in plan.recomputed),
-                "padding_in_attention": padding_share(packs),
+                "padding_in_attention": 1 - rows / places,
             }
 
         return Step(lambda: step(batch).loss.item(), int(batch["lengths"][texts].sum()), details)

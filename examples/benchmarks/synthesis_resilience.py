@@ -21,9 +21,9 @@ from pathlib import Path
 
 from llm_server import running_server, stats
 
+from hf_e5.records import read_rows
 from hf_e5.synthesis.config import load_config
 from hf_e5.synthesis.plan import Plan
-from hf_e5.synthesis.store import read_rows
 
 
 def account(folder: Path, config: dict) -> dict[str, int]:

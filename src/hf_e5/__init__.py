@@ -3,32 +3,15 @@
 The public names below are imported on first use, so that `import hf_e5` is instant and needs no extra.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0.dev0"
 
-_EXPORTS = {
-    "E5DataCollator": "hf_e5.data.collator",
-    "E5Model": "hf_e5.modeling.encoder",
-    "E5Trainer": "hf_e5.training.trainer",
-    "E5TrainingArguments": "hf_e5.training.arguments",
-    "SyntheticTriplets": "hf_e5.data.build",
-    "build_dataset": "hf_e5.data.build",
-    "export_sentence_transformer": "hf_e5.export.sentence_transformer",
-    "filter_records": "hf_e5.filters.run",
-    "info_nce": "hf_e5.training.losses",
-    "load_mixture": "hf_e5.data.mixture",
-    "mine_hard_negatives": "hf_e5.data.mining.mine",
-    "push_to_hub": "hf_e5.hub",
-    "synthesize": "hf_e5.synthesis.pipeline",
-    "verify_export": "hf_e5.export.verify",
-}
-
-__all__ = list(_EXPORTS)
-
-# For type checkers and editors; `as` marks what they may hand on.
+# For type checkers, editors and `_MODULES`; `as` marks what they may hand on.
 if TYPE_CHECKING:
     from .data.build import SyntheticTriplets as SyntheticTriplets
     from .data.build import build_dataset as build_dataset
@@ -46,11 +29,21 @@ if TYPE_CHECKING:
     from .training.trainer import E5Trainer as E5Trainer
 
 
+# Public name -> module, read off the imports above, which Python itself never runs.
+_MODULES = {
+    alias.name: f"{__name__}.{node.module}"
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and node.level == 1
+    for alias in node.names
+}
+__all__ = list(_MODULES)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*globals(), *_MODULES])

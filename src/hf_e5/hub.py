@@ -1,7 +1,8 @@
 """A dataset or model folder goes to the Hub in one commit.
 
 Large files are stored first, then one commit makes all changes at once: a push that breaks leaves the repository as
-it was, and the next one sends only what is not stored yet. The token is where `hf auth login` or HF_TOKEN put it.
+it was, and the next one sends only what is not stored yet. That is why this calls `create_commit`: `upload_folder` may
+make several commits where Xet is installed. The token is where `hf auth login` or HF_TOKEN put it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def detect_repo_type(folder: Path) -> str:
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.exists() else None
     if base and Path(base).exists():
-        raise InputError(f"{folder}: an adapter on the local {base} loads nowhere else; export with --merge")
+        raise InputError(f"{folder}: an adapter on the local {base} loads nowhere else; export it with `merge`")
     return "dataset" if is_dataset else "model"
 
 
@@ -125,7 +126,7 @@ def _push(folder: Path, repo_id: str, repo_type: str, public: bool) -> tuple[str
     url = api.create_repo(repo_id, repo_type=repo_type, private=not public, exist_ok=True)
     info = api.repo_info(repo_id, repo_type=repo_type)
     if not public and not info.private:
-        raise InputError(f"{repo_id}: exists and is public; pass --public, or make it private first")
+        raise InputError(f"{repo_id}: exists and is public; set `public`, or make it private first")
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))

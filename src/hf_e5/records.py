@@ -1,17 +1,15 @@
-"""Records: the rows that synthesis writes and datasets are built from, one JSON object a line."""
+"""The record, one JSON object a line: columns, the files of a run's folder and their readers, text equality, usage."""
 
 from __future__ import annotations
 
 import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .errors import InputError
 
@@ -39,16 +37,15 @@ RECORD_COLUMNS = (
     "placeholders",
     "model",
 )
-OPTIONAL_FIELDS = {"negative"}
+TEXT_COLUMNS = ("query", "positive", "negative")
 # One instruction serves all examples of these types (paper, table 16).
 SYMMETRIC_TASK_TYPES = ("sts", "bitext")
 
-_TASK_TYPE = re.compile(r"[a-z][a-z0-9_]*")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
+_LANGUAGE = (r"[a-z]{2,3}(-[A-Za-z0-9]+)*", "an ISO 639 code such as 'en'")
 _FORMS = {
-    "task_type": (_TASK_TYPE, "lower-case letters, digits and _, such as 'short_long'"),
-    "language": (_LANGUAGE, "an ISO 639 code such as 'en'"),
-    "document_language": (_LANGUAGE, "an ISO 639 code such as 'en'"),
+    "task_type": (r"[a-z][a-z0-9_]*", "lower-case letters, digits and _, such as 'short_long'"),
+    "language": _LANGUAGE,
+    "document_language": _LANGUAGE,
 }
 
 
@@ -75,72 +72,112 @@ def find_record_files(sources: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+    """Return the JSON object of a line and None; of another line {"line": its text} and what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        problem = f"not valid JSON ({error})"
+    else:
+        if isinstance(row, dict):
+            return row, None
+        problem = f"expected a JSON object, got {type(row).__name__}"
+    return {"line": line.decode(errors="replace").rstrip("\n")}, problem
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Stream the lines that are not blank as (place, line); the place is `file:row` with rows from 1."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
+def read_any_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a JSONL file; a line that is no JSON object comes as {"line": its text}."""
+    return (parse_line(line)[0] for _, line in _lines(path))
+
+
+def read_rows(path: str | Path, *, torn_end: bool = False) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a JSONL file, one in memory at a time.
+
+    Args:
+        torn_end: pass over a last line that a crash cut.
+
+    Raises:
+        InputError: a line is no JSON object; names file and line.
+    """
+    for place, line in _lines(path):
+        row, problem = parse_line(line)
+        if problem and not (torn_end and not line.endswith(b"\n")):
+            raise InputError(f"{place}: {problem}; repair or delete this row")
+        if not problem:
+            yield row
+
+
 def read_records(path: str | Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Stream the records of one file as (place, line, record); the place is `file:row` with rows from 1.
 
     Raises:
         InputError: a row that is no record, with its place and the field that is wrong.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield place, line, _parse(line, place)
+    for place, line in _lines(path):
+        record, problem = parse_line(line)
+        if problem := problem or record_problem(record):
+            raise InputError(f"{place}: {problem}")
+        yield place, line, record
 
 
-def _parse(line: bytes, place: str) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return what a JSON file of a run's folder holds; `InputError` if it is no JSON."""
     try:
-        record = json.loads(line)
+        return json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise InputError(f"{place}: not valid JSON ({error}); repair or delete this row") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(record).__name__}")
-    for field in RECORD_COLUMNS:
-        problem = _problem(field, record.get(field))
-        if problem:
-            raise InputError(f"{place}: {field}: {problem}")
-    # Only an escape can bring half a surrogate pair into a str, and parquet cannot hold it.
-    if b"\\ud" in line.lower():
-        _check_encodable(record, place)
-    return record
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def record_problem(record: dict[str, Any]) -> str | None:
+    """Say which field of a row is wrong and how, as `field: problem`; None if the row is a record."""
+    problems = ((field, _problem(field, record.get(field))) for field in RECORD_COLUMNS)
+    return next((f"{field}: {problem}" for field, problem in problems if problem), None)
 
 
 def _problem(field: str, value: Any) -> str | None:
-    """Say what is wrong with the value of a field; None if nothing is."""
     if value is None:
-        return None if field in OPTIONAL_FIELDS else "missing or null"
+        return None if field == "negative" else "missing or null"
     if field == "placeholders":
         if not isinstance(value, dict) or not all(isinstance(drawn, (str, int, float)) for drawn in value.values()):
             return "expected an object whose values are strings or numbers"
-        return None
+        value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         return f"expected a string, got {type(value).__name__}"
     if not value.strip():
         return "empty"
     if field in _FORMS:
         form, wanted = _FORMS[field]
-        if not form.fullmatch(value) or value == "all":
+        if not re.fullmatch(form, value) or value == "all":  # the config that holds every task type
             return f"expected {wanted}, got {value!r}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # parquet cannot hold it
+        return "holds half of a surrogate pair, which is no character"
     return None
 
 
-def _check_encodable(record: dict[str, Any], place: str) -> None:
-    for field in RECORD_COLUMNS:
-        value = record.get(field)
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{place}: {field}: holds half of a surrogate pair, which is no character") from None
-
-
-def stable_hash(text: str) -> int:
+def stable_hash(text: str | bytes) -> int:
     """Hash a text to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
-def folded(text: str) -> str:
+def fold(text: str) -> str:
     """Return the text as it is compared: case and spacing do not count."""
     return " ".join(text.casefold().split())
+
+
+def text_key(text: str) -> int:
+    """Hash a text to 64 bits so that case and spacing do not count."""
+    return stable_hash(fold(text))
 
 
 def check_test_size(test_size: float) -> None:
@@ -156,56 +193,49 @@ def split_of(record: dict[str, Any], test_size: float) -> str:
     have one instruction each and are split by the query.
     """
     by_row = record["task_type"] in SYMMETRIC_TASK_TYPES
-    key = folded(record["query"] if by_row else record["instruction"])
-    return "test" if stable_hash(key) < test_size * 2**64 else "train"
+    key = text_key(record["query"] if by_row else record["instruction"])
+    return "test" if key < test_size * 2**64 else "train"
 
 
-class RecordCounts:
-    """What a set of records holds, counted one record at a time.
+@dataclass
+class ModelUsage:
+    """Answers of one model (failed ones too), tokens as its server counted them, and USD.
 
-    Memory is 16 bytes a record: two hashes, by which ids that occur twice are found and instructions are counted.
-
-    Attributes:
-        task_types, models: number of records by task type and by model.
-        languages: number of records by language of the query.
-        document_languages: the same for the documents.
-        negatives: number of records with a hard negative, by task type.
-        characters: sum of the lengths by (task type, field).
+    `cost` is None if an answer that took tokens has no price.
     """
 
-    def __init__(self) -> None:
-        self.task_types: Counter[str] = Counter()
-        self.models: Counter[str] = Counter()
-        self.languages: Counter[str] = Counter()
-        self.document_languages: Counter[str] = Counter()
-        self.negatives: Counter[str] = Counter()
-        self.characters: Counter[tuple[str, str]] = Counter()
-        self._ids = array("Q")
-        self._instructions = array("Q")
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = 0.0
 
-    def add(self, record: dict[str, Any]) -> None:
-        task_type = record["task_type"]
-        self.task_types[task_type] += 1
-        self.models[record["model"]] += 1
-        self.languages[record["language"]] += 1
-        self.document_languages[record["document_language"]] += 1
-        self.negatives[task_type] += record.get("negative") is not None
-        for field in ("query", "positive", "negative"):
-            self.characters[task_type, field] += len(record.get(field) or "")
-        self._ids.append(stable_hash(record["id"]))
-        self._instructions.append(stable_hash(folded(record["instruction"])))
 
-    def __len__(self) -> int:
-        return len(self._ids)
+@dataclass
+class Usage:
+    """Sums over the answers of one or several runs.
 
-    @property
-    def num_instructions(self) -> int:
-        """Number of distinct instructions."""
-        return len(np.unique(np.frombuffer(self._instructions, dtype=np.uint64)))
+    Attributes:
+        models: by model, in the order of their first answers.
+        errors: failed answers by kind, such as `json` or `http 503`.
+    """
 
-    def first_repeated_id(self) -> tuple[int, int] | None:
-        """Return the positions, in the order of adding, of the first record whose id was there before, and of that."""
-        hashes = np.frombuffer(self._ids, dtype=np.uint64)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        repeated = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
-        return (int(first[inverse][repeated[0]]), int(repeated[0])) if len(repeated) else None
+    models: dict[str, ModelUsage] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def add_file(self, path: str | Path) -> None:
+        """Add the answers of one `answers.jsonl`; a torn last line counts as not written.
+
+        Raises:
+            InputError: another line is no JSON object; names file and line.
+        """
+        for answer in read_rows(path, torn_end=True):
+            usage = self.models.setdefault(str(answer.get("model")), ModelUsage())
+            prompt_tokens, completion_tokens = answer.get("prompt_tokens") or 0, answer.get("completion_tokens") or 0
+            usage.answers += 1
+            usage.prompt_tokens += prompt_tokens
+            usage.completion_tokens += completion_tokens
+            if answer.get("error"):
+                self.errors[str(answer["error"]).partition(":")[0]] += 1
+            if prompt_tokens + completion_tokens and usage.cost is not None:
+                cost = answer.get("cost")
+                usage.cost = None if cost is None else usage.cost + cost

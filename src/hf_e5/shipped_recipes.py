@@ -9,13 +9,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
-
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 
 RECIPES = Path(__file__).resolve().with_name("recipes").resolve()
@@ -25,7 +22,6 @@ FOLDERS = {
     "synthesis": "synthesis",
     "accelerate": "accelerate_configs",
 }
-_DATA_FILE = r"\.(ya?ml|jsonl?|parquet|csv|tsv|gguf)(\.\w+)?$"
 
 
 class Recipe(NamedTuple):
@@ -55,11 +51,9 @@ def find_recipe(name: str, kind: str | None = None) -> Path:
     """
     recipes = {recipe.name: recipe.path for recipe in list_recipes(kind)}
     if name not in recipes:
-        close = get_close_matches(name, recipes, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(
-            f"{name}: no such file here, and no shipped {kind + ' ' if kind else ''}recipe{hint} (see hf-e5 recipes)"
-        )
+        what = f"{kind} recipe" if kind else "recipe"
+        hint = did_you_mean(name, recipes)
+        raise InputError(f"{name}: no such file here, and no shipped {what}{hint} (see hf-e5 recipes)")
     return recipes[name]
 
 
@@ -72,18 +66,6 @@ def config_path(value: str, kind: str) -> Path:
     if Path(value).is_file() or Path(value).name != value or Path(value).suffix in (".yaml", ".yml"):
         return Path(value)
     return find_recipe(value, kind)
-
-
-def beside(path: str | Path, value: str) -> str:
-    """Resolve a path that stands in the file `path`: it is relative to the folder of that file.
-
-    What has the form of a Hub id (`name`, `user/name`) stays one, unless a file or folder of that name is there.
-    """
-    if "://" in value or os.path.isabs(value):
-        return value
-    resolved = os.path.abspath(os.path.join(os.path.dirname(path), value))
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and not re.search(_DATA_FILE, value)
-    return value if is_hub_id and not os.path.exists(resolved) else resolved
 
 
 def copy_recipe(name: str, folder: str | Path) -> list[Path]:
@@ -109,15 +91,7 @@ def copy_recipe(name: str, folder: str | Path) -> list[Path]:
 def _with_named_files(path: Path) -> Iterator[Path]:
     yield path
     if path.suffix == ".yaml":
-        for value in _strings(yaml.safe_load(path.read_text(encoding="utf-8"))):
-            named = Path(os.path.normpath(path.parent / value))
-            if len(value) < 200 and named.is_relative_to(RECIPES) and named.is_file():
+        for word in re.findall(r"[\w./-]+", path.read_text(encoding="utf-8")):
+            named = Path(os.path.normpath(path.parent / word))
+            if named != path and named.is_relative_to(RECIPES) and named.is_file():
                 yield from _with_named_files(named)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     report = check_contamination(tqdm(texts, desc="training texts", unit=" texts"), test_sets)
     print(report.to_markdown())
     if args.output:
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
         args.output.write_text(text, encoding="utf-8", errors="backslashreplace")
         print(f"wrote {args.output}")
     print("next: hf-e5 filter DIR --test_sets " + " ".join(map(str, args.test_sets)))

@@ -1,4 +1,4 @@
-"""`hf-e5 export CHECKPOINT OUT [--merge]`."""
+"""`hf-e5 export`: turn a checkpoint into a sentence-transformers folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..export.sentence_transformer import DEFAULT_INSTRUCTION, export_sentence_t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="adapter folder or full checkpoint")
-    parser.add_argument("out", help="folder to make")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--merge", action="store_true", help="add the adapter into the weights: no base model needed")
     parser.add_argument("--instruction", default=DEFAULT_INSTRUCTION, help="of the default query prompt")
     parser.add_argument("--max_seq_length", type=int, default=512, help="tokens after which a text is cut")

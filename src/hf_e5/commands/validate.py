@@ -10,7 +10,7 @@ from ..errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mixture", help="mixture YAML, data file (jsonl, parquet), built folder or Hub id")
-    parser.add_argument("--config", help="configuration of a single folder or Hub id, such as 'sts'")
+    parser.add_argument("--dataset_config", help="configuration of a single folder or Hub id, such as 'sts'")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--tokenizer", metavar="MODEL", help="also report lengths in tokens of this model")
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the tokenizer of {args.tokenizer}: {str(error).splitlines()[0]}") from error
-    reports = validate_mixture(args.mixture, config=args.config, split=args.split, tokenizer=tokenizer)
+    reports = validate_mixture(args.mixture, config=args.dataset_config, split=args.split, tokenizer=tokenizer)
     print("\n".join(map(str, reports)))
     if errors := sum(report.errors for report in reports):
         bad = ", ".join(report.name for report in reports if report.errors)

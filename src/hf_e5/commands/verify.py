@@ -1,4 +1,4 @@
-"""`hf-e5 verify FOLDER [--checkpoint CHECKPOINT]`."""
+"""`hf-e5 verify`: compare an exported folder with what it was made from."""
 
 from __future__ import annotations
 

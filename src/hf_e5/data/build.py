@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +30,8 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from ..files import whole_folder
 from ..instructions import TASK_TYPES
-from ..records import RECORD_COLUMNS, RecordCounts, check_test_size, find_record_files, read_records, split_of
+from ..records import RECORD_COLUMNS, check_test_size, find_record_files, read_records, split_of
+from ..report.statistics import Statistics
 from .card import ALL, write_card
 from .provenance import read_provenance
 
@@ -122,13 +124,10 @@ class SyntheticTriplets(datasets.GeneratorBasedBuilder):
             check_test_size(self.config.test_size)
             arguments = {split: {"files": files, "keep": split} for split in ("train", "test")}
         # An empty split would be a trap for whoever loads it.
-        arguments = {split: kwargs for split, kwargs in arguments.items() if self._has_records(**kwargs)}
+        arguments = {split: kwargs for split, kwargs in arguments.items() if any(self._generate_examples(**kwargs))}
         if not arguments:
             raise InputError(f"{', '.join(files)}: no record of task type {self.config.name!r}")
         return [datasets.SplitGenerator(name=split, gen_kwargs=kwargs) for split, kwargs in arguments.items()]
-
-    def _has_records(self, files: list[str], keep: str | None) -> bool:
-        return next(self._generate_examples(files, keep), None) is not None
 
     def _generate_examples(self, files: list[str], keep: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the rows of this configuration; with `keep`, only those that `split_of` sends to that split."""
@@ -192,9 +191,9 @@ def _order(task_type: str) -> tuple[int, str]:
     return (TASK_TYPES.index(task_type) if task_type in TASK_TYPES else len(TASK_TYPES), task_type)
 
 
-def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> RecordCounts:
+def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> Statistics:
     """Check all records, count them, and copy each line to `folder/{task type}-{split}.jsonl`."""
-    counts = RecordCounts()
+    counts = Statistics()
     with ExitStack() as stack:
         num_bytes = sum(file.stat().st_size for file in files)
         bar = stack.enter_context(tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Checking records"))
@@ -219,7 +218,7 @@ def _part_records(files: Sequence[Path], folder: Path, test_size: float) -> Reco
 def _place(files: Sequence[Path], position: int) -> str:
     """Return `file:row` of the record at a position."""
     places = (place for file in files for place, _, _ in read_records(file))
-    return next(place for number, place in enumerate(places) if number == position)
+    return next(islice(places, position, None))
 
 
 def _write_config(task_type: str, parts: Path, folder: Path, max_shard_size: str) -> DatasetInfo:

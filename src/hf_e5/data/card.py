@@ -7,36 +7,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .. import __version__
-from ..records import RecordCounts
+from ..records import TEXT_COLUMNS
 from ..report.figures import plot_shares
+from ..report.statistics import Statistics
 from .provenance import Provenance
 
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# The Hub's size categories, by the number of rows that they end at.
-SIZES = {
-    10**3: "n<1K",
-    10**4: "1K<n<10K",
-    10**5: "10K<n<100K",
-    10**6: "100K<n<1M",
-    10**7: "1M<n<10M",
-    10**8: "10M<n<100M",
-    10**9: "100M<n<1B",
-}
+# The Hub's size categories; the first has numbers of up to three digits, each further one numbers of one digit more.
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
 ALL = "all"
 
 
 def write_card(
     folder: Path,
     infos: dict[str, DatasetInfo],
-    counts: RecordCounts,
+    counts: Statistics,
     provenance: Provenance,
     *,
     license: str,
@@ -79,7 +73,7 @@ def write_card(
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def _draw(folder: Path, counts: RecordCounts) -> str | None:
+def _draw(folder: Path, counts: Statistics) -> str | None:
     """Draw figure 2 of the paper; return its path in the folder, or None where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         logger.warning("the card gets no figure: pip install hf-e5[synthesis]")
@@ -90,18 +84,13 @@ def _draw(folder: Path, counts: RecordCounts) -> str | None:
     return "figures/shares.png"
 
 
-def _row(name: str, info: DatasetInfo, counts: RecordCounts) -> dict[str, Any]:
+def _row(name: str, info: DatasetInfo, counts: Statistics) -> dict[str, Any]:
     """Return what the card's table tells of one config."""
     task_types = list(counts.task_types) if name == ALL else [name]
-    num_records = sum(counts.task_types[task_type] for task_type in task_types)
-    num_negatives = sum(counts.negatives[task_type] for task_type in task_types)
-    characters = []
-    for text in ("query", "positive", "negative"):
-        total = sum(counts.characters[task_type, text] for task_type in task_types)
-        count = num_negatives if text == "negative" else num_records
-        characters.append(total / count if count else None)
+    lengths = [np.concatenate([counts.characters[kind, text] for kind in task_types]) for text in TEXT_COLUMNS]
+    characters = [values.mean() if len(values) else None for values in lengths]
     splits = {split: info.splits[split].num_examples if split in info.splits else 0 for split in ("train", "test")}
-    return {"name": name, **splits, "negatives": num_negatives / num_records, "characters": characters}
+    return {"name": name, **splits, "negatives": len(lengths[2]) / len(lengths[0]), "characters": characters}
 
 
 def _config(name: str, info: DatasetInfo) -> dict[str, Any]:
@@ -118,11 +107,9 @@ def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
     """Return the info of the config `all`."""
     splits = SplitDict()
     for name in ("train", "test"):
-        parts = [info.splits[name] for info in infos.values() if name in info.splits]
-        if parts:
-            num_bytes = sum(part.num_bytes for part in parts)
-            num_examples = sum(part.num_examples for part in parts)
-            splits.add(SplitInfo(name=name, num_bytes=num_bytes, num_examples=num_examples))
+        if parts := [info.splits[name] for info in infos.values() if name in info.splits]:
+            sums = {field: sum(getattr(part, field) for part in parts) for field in ("num_bytes", "num_examples")}
+            splits.add(SplitInfo(name=name, **sums))
     return DatasetInfo(
         features=next(iter(infos.values())).features,
         splits=splits,
@@ -133,4 +120,4 @@ def _sum(infos: dict[str, DatasetInfo]) -> DatasetInfo:
 
 def size_category(num_rows: int) -> str:
     """Return the Hub's name for a number of rows."""
-    return next((name for limit, name in SIZES.items() if num_rows < limit), "n>1B")
+    return SIZES[min(max(len(str(num_rows)) - 3, 0), len(SIZES) - 1)]

@@ -6,13 +6,14 @@ do their embeddings. Packing and padding are left to the step, which knows the m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..records import stable_hash
 
 
 class E5DataCollator:
@@ -59,9 +60,5 @@ class E5DataCollator:
             "input_ids": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.int64),
             "lengths": torch.tensor([len(text) // 8 for text in texts]),
             "prefix_lengths": torch.tensor(prefix_lengths),
-            "text_hashes": torch.tensor([_hash(text) for text in texts]),
+            "text_hashes": torch.tensor([stable_hash(text) >> 1 for text in texts]),
         }
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)

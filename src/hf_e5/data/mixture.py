@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 
 from ..errors import InputError
+from ..records import RECORD_COLUMNS
 from .mixture_config import ROLES, Source, read_mixture
 
 
@@ -30,9 +31,9 @@ FEATURES = Features(
         "task_type": Value("string"),
     }
 )
-# Columns of the synthetic set and of mined files that are not roles. Without a mapping any other column is an error:
-# roles go by name, and a misspelt `negatives` must not silently train without negatives.
-KNOWN_COLUMNS = {*ROLES, "id", "language", "document_language", "placeholders", "model", "negative_scores"}
+# Columns that hf-e5 itself writes. Without a mapping any other column is an error: roles go by name, and a misspelt
+# `negatives` must not silently train without negatives.
+KNOWN_COLUMNS = {*FEATURES, *RECORD_COLUMNS, "negative_scores", "positive_score"}
 
 # Changes whenever `_rows_to_columns` gives other rows: `datasets` caches by arguments and does not see our code.
 _CACHE_VERSION = 1
@@ -69,22 +70,43 @@ def load_mixture(
         InputError: something cannot be loaded, or a row has no query or positive; names dataset, row and field.
     """
     sources, seed = read_mixture(source, config=config, max_rows=max_rows)
-    parts = []
-    for entry in sources:
-        dataset, rows = open_source(entry, split=split, seed=seed, cache_dir=cache_dir)
-        parts.append(
-            dataset.map(
-                _rows_to_columns,
-                batched=True,
-                with_indices=True,
-                remove_columns=dataset.column_names,
-                features=FEATURES,
-                fn_kwargs={"source": entry, "rows": rows, "seed": seed, "version": _CACHE_VERSION},
-                num_proc=num_proc,
-                desc=f"Reading {entry.name}",
-            )
-        )
-    return concatenate_datasets(parts)
+    return concatenate_datasets(
+        [load_source(entry, split=split, seed=seed, num_proc=num_proc, cache_dir=cache_dir) for entry in sources]
+    )
+
+
+def load_source(
+    source: Source,
+    *,
+    split: str,
+    seed: int,
+    whole: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """Load one dataset of a mixture, as `load_mixture` does.
+
+    Args:
+        whole: keep all positives and negatives of a row; `positive` is then a list, unless the dataset has one plain
+            column of positives.
+    """
+    dataset, rows = open_source(source, split=split, seed=seed, cache_dir=cache_dir)
+    features = FEATURES.copy()
+    positive = _role_columns(source, dataset.column_names)["positive"]
+    if whole and (len(positive) > 1 or not isinstance(dataset.features.get(positive[0]), Value)):
+        features["positive"] = FEATURES["negative"]
+    several = features["positive"] == FEATURES["negative"]
+    options = {"source": source, "rows": rows, "seed": seed, "whole": whole, "several": several}
+    return dataset.map(
+        _rows_to_columns,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        fn_kwargs={**options, "version": _CACHE_VERSION},
+        num_proc=num_proc,
+        desc=f"Reading {source.name}",
+    )
 
 
 def open_source(
@@ -114,6 +136,14 @@ def open_source(
     return dataset, rows
 
 
+class RowError(NamedTuple):
+    """Why a row cannot be trained on; `is_empty` where a text is missing and nothing else is wrong."""
+
+    role: str
+    message: str
+    is_empty: bool = False
+
+
 class Row(NamedTuple):
     """What a dataset's row holds in each role, before any check: texts, unless the data is wrong."""
 
@@ -123,18 +153,15 @@ class Row(NamedTuple):
     negatives: list
     task_type: Any
 
-    def error(self) -> tuple[str, str] | None:
-        """Why the row cannot be trained on, as (role, message)."""
+    def error(self) -> RowError | None:
+        """Why the row cannot be trained on."""
         singles = (("query", self.query), ("instruction", self.instruction), ("task_type", self.task_type))
         several = [("positive", text) for text in self.positives] + [("negative", text) for text in self.negatives]
         for role, value in (*singles, *several):
             if value is not None and not isinstance(value, str):
-                return role, f"expected text, found {type(value).__name__} {str(value)[:40]!r}"
-        if not (self.query or "").strip():
-            return "query", "no text"
-        if not self.positives:
-            return "positive", "no text"
-        return None
+                return RowError(role, f"expected text, found {type(value).__name__} {str(value)[:40]!r}")
+        empty = "query" if not (self.query or "").strip() else "positive" if not self.positives else None
+        return RowError(empty, "no text", is_empty=True) if empty else None
 
 
 def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
@@ -148,39 +175,44 @@ def read_rows(batch: Mapping[str, list], source: Source) -> Iterator[Row]:
         yield Row(instruction[i], query[i], _texts(positive[i]), _texts(negative[i]), task_type[i])
 
 
-def row_instruction(source: Source, row: Row, row_number: int) -> str | None:
-    """The instruction of a row: the source's, alternating by row number, or else the row's own."""
-    if source.instruction:
-        return source.instruction[row_number % len(source.instruction)]
-    return row.instruction or None
-
-
 def _rows_to_columns(
-    batch: Mapping[str, list], positions: list[int], source: Source, rows: np.ndarray, seed: int, version: int
+    batch: Mapping[str, list],
+    positions: list[int],
+    source: Source,
+    rows: np.ndarray,
+    seed: int,
+    whole: bool,
+    several: bool,
+    version: int,
 ) -> dict[str, list]:
-    columns: dict[str, list] = {name: [] for name in FEATURES}
-    for row_number, row in zip(rows[positions].tolist(), read_rows(batch, source), strict=True):
-        if problem := row.error():
-            if source.drop_empty and problem[1] == "no text":
+    read = []
+    for number, row in zip(rows[positions].tolist(), read_rows(batch, source), strict=True):
+        if error := row.error():
+            if source.drop_empty and error.is_empty:
                 continue
-            hint = "; fix it or set 'drop_empty: true'" if problem[1] == "no text" else ""
-            raise InputError(f"dataset {source.name!r}, row {row_number}, field {problem[0]!r}: {problem[1]}{hint}")
-        rng = random.Random(f"{seed}/{source.name}/{row_number}")
-        query, positive = row.query, row.positives[0]
-        if len(row.positives) > 1:
-            positive = rng.choice(row.positives)
-        negatives = row.negatives
-        if source.num_negatives is not None and source.num_negatives < len(negatives):
-            if source.negatives == "random":
-                negatives = rng.sample(negatives, len(negatives))
-            negatives = negatives[: source.num_negatives]
-        if source.symmetric and rng.random() < 0.5:
-            query, positive, negatives = positive, query, []
-        instruction = row_instruction(source, row, row_number)
-        values = (instruction, query, positive, negatives, source.name, row.task_type)
-        for name, value in zip(FEATURES, values, strict=True):
-            columns[name].append(value)
-    return columns
+            hint = "; fix it or set 'drop_empty: true'" if error.is_empty else ""
+            raise InputError(f"dataset {source.name!r}, row {number}, field {error.role!r}: {error.message}{hint}")
+        query, positive, negatives = row.query, row.positives if several else row.positives[0], row.negatives
+        if not whole:
+            query, positive, negatives = _draw(row, source, random.Random(f"{seed}/{source.name}/{number}"))
+        instructions = source.instruction or (row.instruction or None,)
+        instruction = instructions[number % len(instructions)]
+        read.append((instruction, query, positive, negatives, source.name, row.task_type))
+    return {name: [values[i] for values in read] for i, name in enumerate(FEATURES)}
+
+
+def _draw(row: Row, source: Source, rng: random.Random) -> tuple[str, str, list[str]]:
+    """What training reads of a row: query, one positive, and as many negatives as the source asks for."""
+    positive, negatives = row.positives[0], row.negatives
+    if len(row.positives) > 1:
+        positive = rng.choice(row.positives)
+    if source.num_negatives is not None and source.num_negatives < len(negatives):
+        if source.negatives == "random":
+            negatives = rng.sample(negatives, len(negatives))
+        negatives = negatives[: source.num_negatives]
+    if source.symmetric and rng.random() < 0.5:
+        return positive, row.query, []
+    return row.query, positive, negatives
 
 
 def load_raw(source: Source, split: str, cache_dir: str | Path | None = None) -> Dataset:
@@ -234,8 +266,8 @@ def _role_columns(source: Source, names: list[str]) -> dict[str, list[str]]:
     if not columns:
         if unknown := [name for name in names if name not in KNOWN_COLUMNS]:
             raise InputError(
-                f"dataset {source.name!r}: unknown column {unknown[0]!r} (of {', '.join(names)}); name the columns of "
-                "the roles under 'columns:' in a mixture file"
+                f"dataset {source.name!r}: unknown column {unknown[0]!r} (of {', '.join(names)}); rename it, or "
+                "name the columns of the roles under 'columns:' in a mixture file"
             )
         columns = {role: [role] for role in ROLES if role in names}
         if source.instruction:

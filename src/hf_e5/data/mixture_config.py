@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..config import beside, read_yaml
 from ..errors import InputError
-from ..shipped_recipes import beside
 
 
 ROLES = ("instruction", "query", "positive", "negative", "task_type")
 DEFAULT_SEED = 42
+
+
+# What the value of a key must be.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("name", "config", "split", "revision"), (lambda value: value is None or isinstance(value, str), "text")
+    ),
+    **dict.fromkeys(("symmetric", "drop_empty"), (lambda value: isinstance(value, bool), "true or false")),
+    "ratio": (lambda value: type(value) in (int, float) and 0 < value <= 1, "above 0 and at most 1"),
+    "max_rows": (lambda value: type(value) is int and value >= 1, "a whole number >= 1"),
+    "num_negatives": (lambda value: type(value) is int and value >= 0, "a whole number >= 0"),
+    "negatives": (lambda value: value in ("first", "random"), "'first' or 'random'"),
+    "instruction": (lambda value: bool(value) and _are_texts(value), "text or a list of texts"),
+    "columns": (lambda value: isinstance(value, Mapping), "a mapping of role to column"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,35 +87,18 @@ class Source:
         entry = {"name": _default_name(entry["path"]), **entry}
         where = where if where == entry["path"] else f"{where} ({entry['name']})"
 
-        def need(condition: bool, key: str, meaning: str) -> None:
-            if not condition:
+        for key, (is_valid, meaning) in _RULES.items():
+            if key in entry and not is_valid(entry[key]):
                 raise InputError(f"{where}: {key!r} must be {meaning}, found {entry[key]!r}")
-
-        for key in ("name", "config", "split", "revision"):
-            need(entry.get(key) is None or isinstance(entry[key], str), key, "text")
-        for key in ("symmetric", "drop_empty"):
-            need(isinstance(entry.get(key, False), bool), key, "true or false")
-        ratio = entry.get("ratio", 1)
-        need(_is_number(ratio) and 0 < ratio <= 1, "ratio", "above 0 and at most 1")
-        for key, least in (("max_rows", 1), ("num_negatives", 0)):
-            value = entry.get(key, least)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            need(whole and value >= least, key, f"a whole number >= {least}")
         if "ratio" in entry and "max_rows" in entry:
             raise InputError(f"{where}: give 'ratio' or 'max_rows', not both")
-        need(entry.get("negatives", "first") in ("first", "random"), "negatives", "'first' or 'random'")
-
-        instruction = entry.get("instruction", [])
+        instruction, columns = entry.get("instruction", []), entry.get("columns", {})
         instructions = [instruction] if isinstance(instruction, str) else instruction
-        texts = isinstance(instructions, list) and all(isinstance(i, str) and i.strip() for i in instructions)
-        need(texts and ("instruction" not in entry or bool(instructions)), "instruction", "text or a list of texts")
-        columns = entry.get("columns", {})
-        need(isinstance(columns, Mapping), "columns", "a mapping of role to column")
         for role, column in columns.items():
             if role not in ROLES:
                 raise InputError(f"{where}: unknown role {role!r} in 'columns'; roles: {', '.join(ROLES)}")
             several = isinstance(column, list) and column and role in ("positive", "negative")
-            if not all(isinstance(c, str) and c.strip() for c in (column if several else [column])):
+            if not (_are_texts(column) if several else isinstance(column, str) and column.strip()):
                 raise InputError(f"{where}: column of {role!r} must be a column's name, found {column!r}")
         if columns and not {"query", "positive"} <= set(columns):
             raise InputError(f"{where}: 'columns' must name at least 'query' and 'positive'")
@@ -130,18 +126,12 @@ def read_mixture(
     if isinstance(source, Mapping):
         where, mixture = "mixture", source
     elif str(source).endswith((".yaml", ".yml")):
-        where = os.path.abspath(source)
-        try:
-            mixture = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{where}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        where, mixture = os.path.abspath(source), read_yaml(source)
     else:
         return [Source.parse({"path": str(source), **single}, str(source))], DEFAULT_SEED
     if single:
         raise InputError(f"{where}: a mixture sets {next(iter(single))!r} for each of its datasets, not as a whole")
-    if not isinstance(mixture, Mapping) or not isinstance(mixture.get("datasets"), list) or not mixture["datasets"]:
+    if not isinstance(mixture.get("datasets"), list) or not mixture["datasets"]:
         raise InputError(f"{where}: expected 'datasets:' with a list of datasets")
     if unknown := set(mixture) - {"datasets", "seed"}:
         raise InputError(f"{where}: unknown key {sorted(map(str, unknown))[0]!r}; known: datasets, seed")
@@ -162,5 +152,6 @@ def _default_name(path: str) -> str:
     return re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz|zst))+$", "", name) or name
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _are_texts(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..records import ANSWERS_FILE, FILTERS_FILE, KEPT_FILE, RUN_FILE
-from ..synthesis.usage import Usage
+from ..records import ANSWERS_FILE, FILTERS_FILE, KEPT_FILE, RUN_FILE, Usage, read_json
 
 
 @dataclass
@@ -38,7 +35,7 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
     provenance = Provenance()
     for folder in dict.fromkeys(file.parent for file in files):
         if (folder / RUN_FILE).exists():
-            run = _load(folder / RUN_FILE, (folder / RUN_FILE).read_bytes())
+            run = read_json(folder / RUN_FILE)
             facts = {key: value for key, value in run.items() if isinstance(value, (str, int))}
             if facts not in provenance.runs:  # the shards of one run have the same
                 provenance.runs.append(facts)
@@ -47,15 +44,8 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
     for file in files:
         summary_file = file.parent / FILTERS_FILE
         if file.name == KEPT_FILE and summary_file.exists():
-            summary = _load(summary_file, summary_file.read_bytes())
+            summary = read_json(summary_file)
             provenance.dropped.update(summary["dropped"])
             provenance.num_filtered += summary["records"]
             provenance.test_sets.update(summary.get("settings", {}).get("test_sets", []))
     return provenance
-
-
-def _load(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None

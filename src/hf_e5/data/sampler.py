@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +9,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from ..errors import InputError
+from ..records import stable_hash
+from .tokenization import as_texts
 
 
 # Duplicates are repaired by swapping rows between batches, in rounds. The bounds only matter for data where duplicates
@@ -48,10 +49,10 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=20_000):
         batch = table.to_pydict()
         negatives = batch.get("negative") or [[]] * table.num_rows
-        rows = [[q, p, *_as_list(n)] for q, p, n in zip(batch["query"], batch["positive"], negatives, strict=True)]
+        rows = [[q, p, *as_texts(n)] for q, p, n in zip(batch["query"], batch["positive"], negatives, strict=True)]
         hashes = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
         for i, row in enumerate(rows):
-            hashes[i, : len(row)] = [_hash(text) for text in row]
+            hashes[i, : len(row)] = [stable_hash(text) >> 1 for text in row]
         batches.append(hashes)
     width = max((batch.shape[1] for batch in batches), default=2)
     return np.concatenate(
@@ -60,41 +61,13 @@ def hash_texts(dataset: Dataset) -> np.ndarray:
     )
 
 
-def _as_list(negative: str | list[str] | None) -> list[str]:
-    return [negative] if isinstance(negative, str) else negative or []
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 class TaskBatchSampler(Sampler[list[int]]):
     """Deal rows into global batches of one group, and every global batch evenly to the ranks.
 
     The plan of an epoch is drawn from `(seed, epoch)` alone. Every rank computes the same plan and takes its own slice
     of each global batch, so all ranks have the same number of batches, see the same group at each step, and never the
     same row (but for the last batch of a group, see `drop_last`). It is a batch sampler that is already aware of
-    ranks: it must not be dealt out a second time, as `accelerator.prepare` would do. In a `Trainer`:
-
-    ```python
-    def get_train_dataloader(self):
-        groups, _ = group_rows(self.train_dataset)
-        self.batch_sampler = TaskBatchSampler(
-            groups,
-            self.args.per_device_train_batch_size,
-            texts=hash_texts(self.train_dataset),
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.seed,
-        )
-        return DataLoaderShard(  # of accelerate.data_loader: moves batches to the device, forwards `set_epoch`
-            self.train_dataset,
-            batch_sampler=self.batch_sampler,
-            collate_fn=self.data_collator,
-            device=self.accelerator.device,
-        )
-    ```
+    ranks: it must not be dealt out a second time, as `accelerator.prepare` would do.
 
     To resume in the middle of an epoch, `set_epoch` and skip (`accelerate.skip_first_batches`, which the `Trainer`
     does by itself): skipping only walks over lists of row numbers, no row is read.
@@ -218,6 +191,10 @@ def _separate(
 
     Colouring a conflict graph exactly is NP-hard; random swaps settle all but the tightest cases in a few rounds, and
     each round is a sort. `rows` and `batch_of` have shape `[positions]` and are ordered by group and batch.
+
+    Example: the batches of a group are [0, 1] and [2, 3], and rows 0 and 1 share a text. Both clash. Row 0 draws row 2
+    as its partner; batch 1 holds no text of row 0 and batch 0 none of row 2, so the two swap places. Now the batches
+    are [2, 1] and [0, 3], and the next round finds no clash.
     """
     num_texts = int(texts.max(initial=-1)) + 1
     if not num_texts:
@@ -226,11 +203,6 @@ def _separate(
     starts = np.searchsorted(group_of, group_of, side="left")
     sizes = np.searchsorted(group_of, group_of, side="right") - starts
     movable = batch_of[starts] != batch_of[starts + sizes - 1]  # the group has a second batch
-
-    def keys(positions: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        """One number per (batch, text), -1 for no text; shape of `positions` plus `[k]`."""
-        text = texts[rows[positions]]
-        return np.where(text >= 0, batches[..., None] * num_texts + text, -1)
 
     fruitless = 0
     for _ in range(_REPAIR_ROUNDS):
@@ -250,9 +222,10 @@ def _separate(
 
         def clashes(positions: np.ndarray, batches: np.ndarray, present: np.ndarray = present) -> np.ndarray:
             """Whether a row would meet one of its texts in a batch (before any row leaves it)."""
-            wanted = keys(positions, batches)
+            text = texts[rows[positions]]
+            wanted = batches[..., None] * num_texts + text
             found = present[np.minimum(np.searchsorted(present, wanted), len(present) - 1)] == wanted
-            return (found & (wanted >= 0)).any(axis=-1)
+            return (found & (text >= 0)).any(axis=-1)
 
         good = (batch_of[partners] != batch_of[own]) & ~clashes(own, batch_of[partners])
         good[good] = ~clashes(partners[good], batch_of[own[good]])

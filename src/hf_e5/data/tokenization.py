@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset, Features, List, Value
+
 from ..errors import InputError
 from ..instructions import query_prompt
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -58,7 +59,7 @@ def tokenize_dataset(
         )
         distinct_prompts = sorted(set(prompts) - {""})
         prompt_ids = dict(zip(distinct_prompts, tokenize(distinct_prompts, query_max_length), strict=True))
-        negatives = [_as_texts(negative) for negative in rows.get("negative", [None] * len(indices))]
+        negatives = [as_texts(negative) for negative in rows.get("negative", [None] * len(indices))]
         negative_ids = iter(tokenize([text for texts in negatives for text in texts], passage_max_length))
         return {
             "query_ids": query_ids,
@@ -68,8 +69,6 @@ def tokenize_dataset(
             "positive_ids": tokenize(rows["positive"], passage_max_length),
             "negative_ids": [[next(negative_ids) for _ in texts] for texts in negatives],
         }
-
-    from datasets import Features, List, Value
 
     ids = List(Value("int32"))
     types = (ids, Value("int32"), ids, List(ids))
@@ -84,7 +83,8 @@ def tokenize_dataset(
     )
 
 
-def _as_texts(negative: str | list[str] | None) -> list[str]:
+def as_texts(negative: str | list[str] | None) -> list[str]:
+    """The texts of a `negative` column's value: one, several or none; empty ones do not count."""
     texts = [negative] if isinstance(negative, str) else negative or []
     return [text for text in texts if text and text.strip()]
 

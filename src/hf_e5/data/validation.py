@@ -131,7 +131,8 @@ def _validate_source(
                 progress.update()
                 with_negatives += bool(row.negatives)
                 if problem := row.error():
-                    report.add(number, *problem, is_error=not (source.drop_empty and problem[1] == "no text"))
+                    is_dropped = problem.is_empty and source.drop_empty
+                    report.add(number, problem.role, problem.message, is_error=not is_dropped)
                     continue
                 _check_row(report, number, row, seen)
                 texts = {"query": [row.query], "positive": row.positives, "negative": row.negatives}
@@ -158,6 +159,6 @@ def _check_row(report: SourceReport, number: int, row: Row, seen: dict[int, tupl
     for role, texts in (("query", [row.query]), ("positive", row.positives), ("negative", row.negatives)):
         if any("\ufffd" in text or "\x00" in text for text in texts):
             report.add(number, role, "broken characters (U+FFFD or NUL: read with the wrong encoding?)")
-    first, _ = seen.setdefault(hash((row.query, *row.positives)), (report.name, number))
-    if seen[hash((row.query, *row.positives))] != (report.name, number):
-        report.add(number, "query", f"query and positive as in another row of {first!r}")
+    first = seen.setdefault(hash((row.query, *row.positives)), (report.name, number))
+    if first != (report.name, number):
+        report.add(number, "query", f"query and positive as in another row of {first[0]!r}")

@@ -33,7 +33,7 @@ def evaluate_rows(
     query, its positive.
 
     Args:
-        rows: Rows with `task_type`, `instruction`, `query`, `positive` and `negative` (text or None), as of
+        rows: Rows with `task_type`, `instruction`, `query`, `positive` and optionally `negative`, as of
             `hf-e5 build`.
         encode: Embeds texts, [n, dim] with unit norm; called once. Queries come with their instruction in front.
 
@@ -44,7 +44,7 @@ def evaluate_rows(
     for row in rows:
         by_type[row["task_type"]].append(row)
     corpora = {
-        name: list(dict.fromkeys(text for row in group for text in (row["positive"], row["negative"]) if text))
+        name: list(dict.fromkeys(text for row in group for text in (row["positive"], row.get("negative")) if text))
         for name, group in by_type.items()
     }
     queries = [format_query(row["query"], row["instruction"]) for group in by_type.values() for row in group]

@@ -7,7 +7,6 @@ class paths and pooling keys in their long-standing spelling, EOS in `tokenizer.
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from ..errors import InputError
+from ..files import whole_folder
 from ..modeling.backbone import ADAPTER_CONFIG, base_model_name
 from ..modeling.encoder import E5Model
 from .card import model_card
@@ -81,10 +81,7 @@ def export_sentence_transformer(
     trained = encode_finite(probes, model, str(checkpoint))
     merge_and_cast(model, settings)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
-        folder = Path(work) / out.name
-        folder.mkdir()  # with the user's permissions, which the temporary folder does not have
+    with whole_folder(out) as folder:
         _write(model, folder, settings)
         reference = trained
         if settings.dtype is not None:
@@ -92,7 +89,6 @@ def export_sentence_transformer(
         del model  # a second copy is about to be loaded
         report = replace(compare(folder, probes, reference, probes.drift(trained, reference)), folder=out)
         report.raise_if_different()
-        folder.rename(out)
     return report
 
 

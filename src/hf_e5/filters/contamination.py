@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from ..records import stable_hash
 
 
 # Characters without spaces below which an equal text is an accident rather than a leak.
@@ -31,11 +31,6 @@ def normalize(text: str) -> str:
     'thequickbrownfox'
     """
     return "".join(text.casefold().split())
-
-
-def _hash(normalized: str) -> int:
-    # "surrogatepass": a half surrogate pair in a model's answer must not stop the check.
-    return int.from_bytes(blake2b(normalized.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 class TestSets:
@@ -60,7 +55,7 @@ class TestSets:
             if name not in numbers:
                 numbers[name] = len(self.names)
                 self.names.append(name)
-            hashes.append(_hash(normalized))
+            hashes.append(stable_hash(normalized))
             owners.append(numbers[name])
         pairs = np.zeros(len(hashes), dtype=[("hash", np.uint64), ("owner", np.uint16)])
         pairs["hash"], pairs["owner"] = hashes, owners
@@ -80,7 +75,7 @@ class TestSets:
 
     def find(self, text: str) -> list[str]:
         """Return the names of the test sets that hold `text`, short texts included; usually none."""
-        key = np.uint64(_hash(normalize(text)))
+        key = np.uint64(stable_hash(normalize(text)))
         start = int(np.searchsorted(self._hashes, key, side="left"))
         stop = int(np.searchsorted(self._hashes, key, side="right"))
         return [self.names[owner] for owner in self._owners[start:stop]]
@@ -106,13 +101,6 @@ class ContaminationReport:
 
     training_texts: int
     test_sets: dict[str, Overlap]
-
-    @property
-    def contaminated(self) -> int:
-        return sum(overlap.contaminated for overlap in self.test_sets.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def to_markdown(self) -> str:
         """Return the report as a table, worst test set first, with examples below it."""
@@ -151,7 +139,7 @@ def check_contamination(
         names = test_sets.find(text)
         if not names:
             continue
-        key = _hash(normalize(text))
+        key = stable_hash(normalize(text))
         if key in seen:
             continue
         seen.add(key)

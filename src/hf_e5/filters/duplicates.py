@@ -8,14 +8,17 @@ takes 4 kB a record, this takes 0.3 kB, and the pass over 500k records stays wit
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Iterator
 from functools import cache
-from hashlib import blake2b
 from zlib import crc32
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ..errors import InputError
+from ..records import fold, stable_hash
 
 
 SHINGLE = 5
@@ -25,19 +28,14 @@ BANDS, BAND_SIZE = 12, 5
 NUM_PERM = BANDS * BAND_SIZE
 
 
-def _normalize(query: str, positive: str) -> str:
+def _join_folded(query: str, positive: str) -> str:
     # The tab keeps apart what either text alone would join ("ab", "c" and "a", "bc").
-    return "\t".join(" ".join(text.casefold().split()) for text in (query, positive))
+    return f"{fold(query)}\t{fold(positive)}"
 
 
-def text_key(text: str) -> bytes:
-    """Return 16 bytes that stand for a text."""
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
-
-
-def exact_key(query: str, positive: str) -> bytes:
-    """Return 16 bytes that are the same for pairs that differ in case and spacing only."""
-    return text_key(_normalize(query, positive))
+def exact_key(query: str, positive: str) -> int:
+    """Return 64 bits that are the same for pairs that differ in case and spacing only."""
+    return stable_hash(_join_folded(query, positive))
 
 
 @cache
@@ -52,7 +50,7 @@ def _empty_minhash():
 def signature(query: str, positive: str) -> np.ndarray:
     """Return the MinHash signature of a pair: uint32 [NUM_PERM], the same on every machine."""
     # UTF-32 makes every character 4 bytes, so that shingles are slices.
-    data = _normalize(query, positive).encode("utf-32-le", errors="surrogatepass")
+    data = _join_folded(query, positive).encode("utf-32-le", errors="surrogatepass")
     last = max(len(data) - 4 * SHINGLE, 0)
     minhash = _empty_minhash().copy()
     minhash.update_batch({data[start : start + 4 * SHINGLE] for start in range(0, last + 1, 4)})
@@ -66,21 +64,21 @@ class DuplicateIndex:
     """
 
     def __init__(self) -> None:
-        self._rows: list[int] = []
+        self._rows = array("q")
         self._places: list[str] = []
-        self._keys: list[bytes] = []
-        self._signatures: list[np.ndarray] = [np.empty((0, NUM_PERM), np.uint32)]
+        self._keys = array("Q")
+        self._signatures = bytearray()
 
-    def add(self, rows: list[int], places: list[str], keys: list[bytes], signatures: np.ndarray) -> None:
-        """Append rows; `places` are what to call them, `signatures` is uint32 [rows, NUM_PERM]."""
-        self._rows += rows
-        self._places += places
-        self._keys += keys
-        self._signatures.append(signatures)
+    def add(self, row: int, place: str, key: int, signature: bytes) -> None:
+        """Append a row; `place` is what to call it, `signature` the bytes of its uint32 [NUM_PERM]."""
+        self._rows.append(row)
+        self._places.append(place)
+        self._keys.append(key)
+        self._signatures += signature
 
     def exact(self) -> Iterator[tuple[int, str]]:
         """Yield (row, place of the first row with the same key) of rows that repeat an earlier one."""
-        first: dict[bytes, int] = {}
+        first: dict[int, int] = {}
         for number, key in enumerate(self._keys):
             original = first.setdefault(key, number)
             if original != number and self._rows[number] >= 0:
@@ -92,9 +90,8 @@ class DuplicateIndex:
         The signatures, the bulk of the memory, are given up: this is the last question to an index.
         """
         live = [number for number, row in enumerate(self._rows) if row not in dropped]
-        signatures = np.concatenate(self._signatures)
-        self._signatures.clear()
-        signatures = signatures[live]
+        signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, NUM_PERM)[live]
+        self._signatures = bytearray()
         for position, original in near_duplicates(signatures, threshold).items():
             row = self._rows[live[position]]
             if row >= 0:
@@ -112,14 +109,18 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> dict[int, int]:
         Row number of each near duplicate to that of the first row of its cluster, which is no key. Rows joined by a
         chain of near duplicates are one cluster.
     """
-    first = np.arange(len(signatures))
-    for earlier, later in _similar_pairs(signatures, threshold):
-        _join(first, earlier, later)
-    return {row: _find(first, row) for row in np.flatnonzero(first != np.arange(len(first))).tolist()}
+    size = len(signatures)
+    pairs = np.concatenate(list(_similar_pairs(signatures, threshold))).T
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(size, size))
+    _, first, clusters = np.unique(
+        connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+    )
+    original = first[clusters]
+    return {row: int(original[row]) for row in np.flatnonzero(original != np.arange(size)).tolist()}
 
 
-def _similar_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[int, int]]:
-    """Yield (earlier row, later row) of pairs that share a band and reach the threshold."""
+def _similar_pairs(signatures: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
+    """Yield [pairs, 2] of (earlier row, later row) that share a band and reach the threshold."""
     for band in np.split(signatures, BANDS, axis=1):
         # A stable sort puts equal keys next to one another with rows ascending.
         hashed = _hash_rows(band)
@@ -134,7 +135,7 @@ def _similar_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[i
             pairs = np.stack([order[others[inside]], order[positions[inside]]], axis=1)
             for chunk in np.array_split(pairs, len(pairs) // 100_000 + 1):
                 similarity = (signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1)
-                yield from map(tuple, chunk[similarity >= threshold].tolist())
+                yield chunk[similarity >= threshold]
 
 
 def _hash_rows(band: np.ndarray) -> np.ndarray:
@@ -144,15 +145,3 @@ def _hash_rows(band: np.ndarray) -> np.ndarray:
         folded = (folded ^ column) * np.uint64(0x9E3779B97F4A7C15)
         folded ^= folded >> np.uint64(32)
     return folded
-
-
-def _find(first: np.ndarray, row: int) -> int:
-    while first[row] != row:
-        first[row] = first[first[row]]
-        row = int(first[row])
-    return row
-
-
-def _join(first: np.ndarray, a: int, b: int) -> None:
-    a, b = _find(first, a), _find(first, b)
-    first[max(a, b)] = min(a, b)

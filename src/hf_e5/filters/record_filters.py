@@ -6,7 +6,6 @@ They run in the order of `FILTERS`, and the first that objects names the record'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ..records import TEXT_COLUMNS, fold, record_problem
 from .contamination import TestSets
 from .language_id import detect_other_language
 
 
 Record = dict[str, Any]
-
-TEXT_FIELDS = ("query", "positive", "negative")
-_STRING_FIELDS = ("id", "task_type", "language", "document_language", "instruction", "query", "positive", "model")
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,14 @@ class FilterSettings:
 
 
 def schema(record: Record, settings: FilterSettings) -> str | None:
-    """Every field is there with its type."""
-    if not isinstance(record, dict):
-        return f"a record is an object, not {type(record).__name__}"
-    for name in _STRING_FIELDS:
-        if not isinstance(record.get(name), str):
-            return f"{name} is missing or not a string"
-    if not isinstance(record.get("negative"), str | None):
-        return "negative is not a string"
-    if not isinstance(record.get("placeholders"), dict):
-        return "placeholders is missing or not an object"
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "a text holds half of a surrogate pair, which is no character"
-    return None
+    """Every column is there in its form, with text that is not blank: what `hf-e5 build` takes."""
+    return record_problem(record)
 
 
 def empty(record: Record, settings: FilterSettings) -> str | None:
-    """No text without a letter or digit, and no instruction that is blank."""
-    for name in ("instruction", *TEXT_FIELDS):
-        text = record.get(name)
-        # A negative may be absent; one that is there must say something.
-        if text is not None and not any(map(str.isalnum, text)):
+    """No instruction and no text without a letter or digit."""
+    for name, text in [("instruction", record["instruction"]), *_texts(record)]:
+        if not any(map(str.isalnum, text)):
             return f"{name} is empty"
     return None
 
@@ -92,10 +74,7 @@ def empty(record: Record, settings: FilterSettings) -> str | None:
 def length(record: Record, settings: FilterSettings) -> str | None:
     """Query and documents within the limits of the task type."""
     limits = settings.length_limits.get(record["task_type"], LengthLimits())
-    for name in TEXT_FIELDS:
-        text = record.get(name)
-        if text is None:
-            continue
+    for name, text in _texts(record):
         low, high = limits.query if name == "query" else limits.document
         count = len(text.strip())
         if not low <= count <= high:
@@ -105,9 +84,9 @@ def length(record: Record, settings: FilterSettings) -> str | None:
 
 def copied_query(record: Record, settings: FilterSettings) -> str | None:
     """No document that is the query, and none that holds a long query word for word."""
-    query = _fold(record["query"])
+    query = fold(record["query"])
     for name in ("positive", "negative"):
-        document = _fold(record.get(name) or "")
+        document = fold(record.get(name) or "")
         if document == query:
             return f"{name} is the query"
         if len(query) >= MIN_COPIED_CHARACTERS and query in document:
@@ -117,7 +96,7 @@ def copied_query(record: Record, settings: FilterSettings) -> str | None:
 
 def positive_equals_negative(record: Record, settings: FilterSettings) -> str | None:
     """A hard negative that differs from the positive in more than case and spacing."""
-    if _fold(record["positive"]) == _fold(record.get("negative") or ""):
+    if fold(record["positive"]) == fold(record.get("negative") or ""):
         return "positive and negative are the same text"
     return None
 
@@ -126,22 +105,16 @@ def label_in_text(record: Record, settings: FilterSettings) -> str | None:
     """No long_short text that names its own label: the task would be a word search (paper, table 9)."""
     if record["task_type"] != "long_short":
         return None
-    text, label = _fold(record["query"]), _fold(record["positive"])
-    if label not in text:
-        return None
-    if _UNSPACED.search(label) or re.search(
-        rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])", text
-    ):
+    text, label = fold(record["query"]), fold(record["positive"])
+    whole_word = rf"(?<![{WORD_CHARACTERS}]){re.escape(label)}(?![{WORD_CHARACTERS}])"
+    if label in text and (_UNSPACED.search(label) or re.search(whole_word, text)):
         return f"the text contains its label {record['positive']!r}"
     return None
 
 
 def wrong_language(record: Record, settings: FilterSettings) -> str | None:
     """Query in `language`, documents in `document_language`, as far as language identification can tell."""
-    for name in TEXT_FIELDS:
-        text = record.get(name)
-        if text is None:
-            continue
+    for name, text in _texts(record):
         language = record["language" if name == "query" else "document_language"]
         found = detect_other_language(text, language)
         if found:
@@ -151,10 +124,10 @@ def wrong_language(record: Record, settings: FilterSettings) -> str | None:
 
 def meta_talk(record: Record, settings: FilterSettings) -> str | None:
     """No text in which the model talks about its answer (resources/meta_talk.txt)."""
-    for name in TEXT_FIELDS:
-        text = (record.get(name) or "").lower()
+    for name, text in _texts(record):
+        lowered = text.lower()
         for phrase, pattern in _meta_phrases():
-            if phrase in text and (pattern is None or pattern.search(text)):
+            if phrase in lowered and (pattern is None or pattern.search(lowered)):
                 return f"{name} has the phrase {phrase!r}"
     return None
 
@@ -163,12 +136,8 @@ def contamination(record: Record, settings: FilterSettings) -> str | None:
     """No text of a given test set, short texts aside (paper, appendix B)."""
     if settings.test_sets is None:
         return None
-    for name in TEXT_FIELDS:
-        text = record.get(name)
-        if text is None or settings.test_sets.is_low_entropy(text):
-            continue
-        found = settings.test_sets.find(text)
-        if found:
+    for name, text in _texts(record):
+        if not settings.test_sets.is_low_entropy(text) and (found := settings.test_sets.find(text)):
             return f"{name} is a text of {found[0]}"
     return None
 
@@ -199,8 +168,9 @@ def judge(record: Record, settings: FilterSettings, skip: frozenset[str] = froze
     return None
 
 
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _texts(record: Record) -> list[tuple[str, str]]:
+    """The record's texts as (column, text); a negative may be absent."""
+    return [(name, record[name]) for name in TEXT_COLUMNS if record.get(name) is not None]
 
 
 @cache

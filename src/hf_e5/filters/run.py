@@ -8,6 +8,8 @@
 
 The file is read twice: once by several processes that judge each record and take its duplicate keys, once to write.
 In between only what the duplicates need is kept (0.4 kB a record), so that memory does not depend on the texts.
+Processes share the file by byte ranges: the text loader of `datasets` decodes lines, which changes CR LF and stops at
+wrong UTF-8, where a line must come out as it is or be dropped by itself.
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_file
-from ..records import DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE
-from .duplicates import NUM_PERM, DuplicateIndex, exact_key, signature
+from ..records import DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE, parse_line, read_any_rows
+from .duplicates import DuplicateIndex, exact_key, signature
 from .margins import DEFAULT_MARGIN, Margins, check_margins
 from .record_filters import FILTERS, FilterSettings, judge
 
@@ -101,13 +102,12 @@ def filter_records(
             verdicts[row] = ("near_duplicate", f"query and positive nearly the same as {original}")
     margins = None
     if embedding_model is not None and "weak_negative" not in skipped:
-        survivors = (record for record, verdict in zip(read_rows(source), verdicts, strict=False) if not verdict)
+        survivors = (row for row, verdict in zip(read_any_rows(source), verdicts, strict=False) if not verdict)
         bar = tqdm(survivors, desc="embedding", total=verdicts.count(None), unit=" records")
         margins = check_margins(bar, embedding_model, margin)
 
-    absent = {"contamination"} if settings.test_sets is None else set()
-    absent |= {"weak_negative"} if margins is None else set()
-    ran = [name for name in FILTER_NAMES if name not in skipped | absent]
+    needs = {"contamination": settings.test_sets, "weak_negative": margins}
+    ran = [name for name in FILTER_NAMES if name not in skipped and needs.get(name, True)]
     summary = FilterSummary(0, 0, dict.fromkeys(ran, 0))
     summary.settings = {
         "against": [str(path) for path in earlier],
@@ -119,48 +119,40 @@ def filter_records(
     return summary
 
 
-# A verdict is None (kept so far) or (filter, reason).
-Verdicts = list[tuple[str, str] | None]
-# Verdicts of all rows of a chunk; ids, keys and signatures of those that are kept.
-_Judged = tuple[Verdicts, list[str], list[bytes], np.ndarray]
+# None (kept so far) or (filter, reason).
+Verdict = tuple[str, str] | None
+# Of a row: its verdict, and id, duplicate key and signature if it is kept.
+_Judged = tuple[Verdict, tuple[str, int, bytes] | None]
 
 
 def _judge_files(
     source: Path, earlier: list[Path], settings: FilterSettings, skipped: frozenset[str], num_proc: int | None
-) -> tuple[Verdicts, DuplicateIndex]:
+) -> tuple[list[Verdict], DuplicateIndex]:
     """Judge every row of `source` and take the duplicate keys of it and of `earlier`."""
-    verdicts: Verdicts = []
+    verdicts: list[Verdict] = []
     duplicates = DuplicateIndex()
-    tasks = [task for path in (*earlier, source) for task in _chunks(path, filtered=path is source)]
+    tasks = [
+        (path, start, start + _CHUNK_BYTES, path is source)
+        for path in (*earlier, source)
+        for start in range(0, path.stat().st_size, _CHUNK_BYTES)
+    ]
     processes = min(num_proc or os.cpu_count() or 1, len(tasks))
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=sum(stop - start for _, start, stop, _ in tasks), unit="B", unit_scale=True)
-        )
-        bar.set_description("filtering")
+        results: Iterator[list[_Judged]]
         if processes > 1:
-            pool = stack.enter_context(Pool(processes, _initialize, (settings, skipped)))
-            results: Iterator[_Judged] = pool.imap(_judge_chunk, tasks)
+            results = stack.enter_context(Pool(processes, _initialize, (settings, skipped))).imap(_judge_chunk, tasks)
         else:
             _initialize(settings, skipped)
             results = map(_judge_chunk, tasks)
-        for (path, start, stop, filtered), (chunk, ids, keys, signatures) in zip(tasks, results, strict=True):
-            kept = [number for number, verdict in enumerate(chunk) if verdict is None]
-            if filtered:
-                rows = [len(verdicts) + number for number in kept]
-                duplicates.add(rows, ids, keys, signatures)
-                verdicts += chunk
-            else:
-                duplicates.add([-1] * len(kept), [f"{path}: {name}" for name in ids], keys, signatures)
-            bar.update(stop - start)
+        bar = tqdm(results, desc="filtering", total=len(tasks), unit="MB")
+        for (path, *_, own), rows in zip(tasks, bar, strict=True):
+            for verdict, kept in rows:
+                if kept:
+                    name, *keys = kept
+                    duplicates.add(len(verdicts) if own else -1, name if own else f"{path}: {name}", *keys)
+                if own:
+                    verdicts.append(verdict)
     return verdicts, duplicates
-
-
-def _chunks(path: Path, filtered: bool) -> Iterator[tuple[Path, int, int, bool]]:
-    """Cut a file into byte ranges; a range stands for the lines that start in it."""
-    size = path.stat().st_size
-    for start in range(0, size, _CHUNK_BYTES):
-        yield path, start, min(start + _CHUNK_BYTES, size), filtered
 
 
 _worker: dict[str, Any] = {}
@@ -170,54 +162,36 @@ def _initialize(settings: FilterSettings, skipped: frozenset[str]) -> None:
     _worker.update(settings=settings, skipped=skipped)
 
 
-def _judge_chunk(task: tuple[Path, int, int, bool]) -> _Judged:
-    """Return the verdicts of all rows of a byte range, and ids, keys and signatures of those that are kept."""
-    path, start, stop, filtered = task
-    verdicts: Verdicts = []
-    ids, keys, signatures = [], [], []
+def _judge_chunk(task: tuple[Path, int, int, bool]) -> list[_Judged]:
+    """Judge the rows of a byte range."""
+    path, start, stop, own = task
+    # Rows of earlier runs are only compared with; a folder's own rows go through every filter.
+    skipped = _worker["skipped"] if own else frozenset(FILTERS) - {"schema"}
+    judged: list[_Judged] = []
     for line in _lines(path, start, stop):
-        record, verdict = _parse(line)
-        if verdict is None:
-            # Rows of earlier runs are only compared with; a folder's own rows go through every filter.
-            skipped = _worker["skipped"] if filtered else frozenset(FILTERS) - {"schema"}
-            verdict = judge(record, _worker["settings"], skipped)
-        verdicts.append(verdict)
-        if verdict is None:
-            ids.append(record["id"])
-            keys.append(exact_key(record["query"], record["positive"]))
-            signatures.append(signature(record["query"], record["positive"]))
-    stacked = np.stack(signatures) if signatures else np.empty((0, NUM_PERM), np.uint32)
-    return verdicts, ids, keys, stacked
+        record, problem = parse_line(line)
+        verdict = ("schema", problem) if problem else judge(record, _worker["settings"], skipped)
+        if verdict:
+            judged.append((verdict, None))
+        else:
+            pair = record["query"], record["positive"]
+            judged.append((None, (record["id"], exact_key(*pair), signature(*pair).tobytes())))
+    return judged
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the lines that start in [start, stop) and are not blank."""
+    """Yield the lines that start in the bytes [start, stop) and are not blank."""
     with open(path, "rb") as file:
         if start:
             # A line that starts exactly at `start` follows a newline just before it.
             file.seek(start - 1)
             file.readline()
-        while file.tell() < stop:
-            line = file.readline()
+        while file.tell() < stop and (line := file.readline()):
             if line.strip():
                 yield line
 
 
-def _parse(line: bytes) -> tuple[Any, tuple[str, str] | None]:
-    try:
-        return json.loads(line), None
-    except ValueError as error:
-        return None, ("schema", f"not valid JSON: {error}")
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Stream the rows of a JSONL file; a line that is no JSON object comes as {"line": its text}."""
-    for line in _lines(path, 0, path.stat().st_size):
-        record, _ = _parse(line)
-        yield record if isinstance(record, dict) else {"line": line.decode(errors="replace").rstrip("\n")}
-
-
-def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary: FilterSummary) -> None:
+def _write(directory: Path, verdicts: list[Verdict], margins: Margins | None, summary: FilterSummary) -> None:
     """Write all files, and put them in place together at the end."""
     source = directory / RECORDS_FILE
     with ExitStack() as stack:  # puts the summary in place last: it stands for a complete set of files
@@ -227,9 +201,9 @@ def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary
         dropped = stack.enter_context(whole_file(directory / DROPPED_FILE, "w", errors="backslashreplace"))
         # Records that were appended since the first pass wait for the next run.
         for line, verdict in zip(_lines(source, 0, source.stat().st_size), verdicts, strict=False):
-            record, _ = _parse(line)
+            row, _ = parse_line(line)
             if verdict is None and margins:
-                verdict = margins.verdict(record["id"])
+                verdict = margins.verdict(row["id"])
             summary.records += 1
             if verdict is None:
                 summary.kept += 1
@@ -237,7 +211,6 @@ def _write(directory: Path, verdicts: Verdicts, margins: Margins | None, summary
                 continue
             name, reason = verdict
             summary.dropped[name] += 1
-            row = record if isinstance(record, dict) else {"line": line.decode(errors="replace").rstrip("\n")}
             dropped.write(json.dumps({**row, "dropped_by": name, "reason": reason}, ensure_ascii=False) + "\n")
         if margins:
             margins.write(stack.enter_context(whole_file(directory / MARGINS_FILE, "w")))

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GgufConfig, PreTrainedModel
 
 from ..errors import InputError
 
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -41,9 +37,8 @@ def load_backbone(
     """
     options = {"dtype": dtype, "attn_implementation": attn_implementation, **kwargs}
     options = {key: value for key, value in options.items() if value is not None}
-    if kwargs.get("gguf_file") and hasattr(transformers, "GgufConfig"):
-        # Newer transformers may keep the blocks packed, which cannot be trained.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if kwargs.get("gguf_file"):
+        options["quantization_config"] = GgufConfig(dequantize=True)  # packed blocks cannot be trained
     try:
         model = AutoModel.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -101,13 +96,6 @@ def adapter_base(name_or_path: str, **hub: Any) -> str | None:
             f"{name_or_path}/{ADAPTER_CONFIG} names no base_model_name_or_path: add the model it was trained on"
         )
     return config["base_model_name_or_path"]
-
-
-def is_checkpointing(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether activations are recomputed; transformers < 5.23 has it under the older name only."""
-    if hasattr(model, "is_activation_checkpointing"):
-        return bool(model.is_activation_checkpointing)
-    return bool(model.is_gradient_checkpointing)
 
 
 def base_model_name(model: PeftModel) -> str:

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..instructions import format_query
-from .backbone import adapter_base, is_checkpointing, load_adapter, load_backbone, read_json, split_gguf
+from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
 from .packed.decoder import pack_forward
 from .packed.layout import Pack
 from .packed.micro_batches import forward_batches
@@ -32,6 +34,10 @@ CONFIG_NAME = "e5_config.json"
 # Texts that `encode` tokenises and sorts at a time.
 ENCODE_TEXTS = 8192
 
+# `encode` changes the model's mode, its attention and its tokenizer's truncation for a while: one call at a time. The
+# locks are no attributes, as a model with a lock could not be copied.
+_LOCKS: WeakKeyDictionary[E5Model, Lock] = WeakKeyDictionary()
+
 
 class E5Model(nn.Module):
     """A transformer, its tokenizer, pooling and normalisation.
@@ -41,6 +47,9 @@ class E5Model(nn.Module):
         tokenizer: Ends every text in EOS (`hf_e5.modeling.tokenizer.ensure_eos`).
         pooling: One of `last` (the paper), `mean`, `weighted_mean`, `first`.
         normalize: Scale vectors to unit length, in fp32.
+        gguf_file: The GGUF file that the backbone came from, if any; saved with an adapter.
+        instruction: What `encode_query` asks for by default: one sentence.
+        max_length: Tokens after which `encode_query` and `encode_document` cut a text by default.
     """
 
     def __init__(
@@ -51,6 +60,8 @@ class E5Model(nn.Module):
         pooling: str = "last",
         normalize: bool = True,
         gguf_file: str | None = None,
+        instruction: str | None = None,
+        max_length: int = 512,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -60,6 +71,8 @@ class E5Model(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
         self.gguf_file = gguf_file
+        self.instruction = instruction
+        self.max_length = max_length
         self.config.use_cache = False
 
     @classmethod
@@ -72,10 +85,11 @@ class E5Model(nn.Module):
         normalize: bool | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
+        gguf_file: str | None = None,
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> E5Model:
-        """Load a model: an adapter folder, a full checkpoint, a Hub id or a GGUF file.
+        """Load a model: an adapter folder, a full checkpoint, an exported folder, a Hub id or a GGUF file.
 
         Args:
             name_or_path: Folder, Hub id, or path of a `.gguf` file.
@@ -84,13 +98,15 @@ class E5Model(nn.Module):
             normalize: Likewise, else True.
             dtype: Of the backbone's weights; defaults to the checkpoint's. An adapter's weights stay fp32.
             attn_implementation: As in transformers, e.g. `sdpa`, `flash_attention_2`.
+            gguf_file: Name of the GGUF file in the folder or Hub repository; it is dequantised.
             is_trainable: Go on training a loaded adapter (a fresh one always trains).
-            kwargs: `gguf_file`, `revision`, `token`, `quantization_config`, ...: passed to transformers.
+            kwargs: `revision`, `token`, `quantization_config`, ...: passed to transformers.
 
         Raises:
-            InputError: No such model; or its tokenizer has no EOS; or an adapter does not fit its base.
+            InputError: No such model; or its tokenizer has no EOS; or an adapter does not fit its base, or its target
+                modules are not found.
         """
-        name, gguf_file = split_gguf(name_or_path, kwargs.pop("gguf_file", None))
+        name, gguf_file = split_gguf(name_or_path, gguf_file)
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         saved = read_json(name, CONFIG_NAME, **hub) or {}
         base = adapter_base(name, **hub)
@@ -112,14 +128,21 @@ class E5Model(nn.Module):
         elif peft_config is not None:
             if kwargs.get("quantization_config") is not None:
                 bare = prepare_model_for_kbit_training(bare, use_gradient_checkpointing=False)
-            backbone = get_peft_model(bare, copy.deepcopy(peft_config))  # peft writes module names into it
+            try:
+                backbone = get_peft_model(bare, copy.deepcopy(peft_config))  # peft writes module names into it
+            except ValueError as error:
+                reason = str(error).strip().split("\n", 1)[0]
+                raise InputError(f"cannot put an adapter on {name_or_path}: {reason}") from error
         tokenizer = load_tokenizer(tokenizer_source, **hub, **(gguf if tokenizer_source == name else {}))
+        exported = saved.get("export", {})
         return cls(
             backbone,
             tokenizer,
             pooling=pooling or saved.get("pooling", "last"),
             normalize=saved.get("normalize", True) if normalize is None else normalize,
             gguf_file=gguf_file,
+            instruction=exported.get("instruction"),
+            max_length=exported.get("max_seq_length", 512),
         )
 
     @property
@@ -146,7 +169,7 @@ class E5Model(nn.Module):
         """Embed a padded batch or a pack.
 
         Args:
-            input_ids: Token ids, [batch, tokens], int64, padded on either side.
+            input_ids: Token ids, [batch, tokens], int64. Pad on the right; on the left only with rotary positions.
             attention_mask: 1 for tokens and 0 for padding, [batch, tokens].
             pack: Instead of both: texts laid flat (where `supports_packing` says so).
 
@@ -164,7 +187,6 @@ class E5Model(nn.Module):
         pooled = pooled.float()
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
-    @torch.inference_mode()
     def encode(
         self,
         texts: str | Sequence[str],
@@ -174,7 +196,7 @@ class E5Model(nn.Module):
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:
-        """Embed texts for use.
+        """Embed texts for use; a call from another thread waits for its turn.
 
         Args:
             texts: One text or several.
@@ -192,17 +214,67 @@ class E5Model(nn.Module):
         # By characters, as tokenising everything first would need far more memory than the vectors do.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors: Tensor | None = None
-        with self.evaluating(), tqdm(total=len(texts), desc="encode", disable=not show_progress) as bar:
+        with (
+            _LOCKS.setdefault(self, Lock()),
+            self.evaluating(),
+            tqdm(total=len(texts), desc="encode", disable=not show_progress) as bar,
+        ):
             for start in range(0, len(order), ENCODE_TEXTS):
                 window = order[start : start + ENCODE_TEXTS]
                 ids = tokenize(self.tokenizer, [format_query(texts[i], instruction) for i in window], max_length)
-                for batch in forward_batches(self, ids, batch_size):
-                    out = self(**batch.inputs).cpu()
+                for batch in forward_batches(self.backbone, ids, pooling=self.pooling, batch_size=batch_size):
+                    with torch.inference_mode():  # only here: the result is a tensor that autograd can use
+                        out = self(**batch.inputs).cpu()
                     if vectors is None:
                         vectors = torch.empty(len(texts), out.shape[1])
                     vectors[[window[place] for place in batch.texts.tolist()]] = out
                     bar.update(len(out))
         return torch.empty(0, self.config.get_text_config().hidden_size) if vectors is None else vectors
+
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Embed queries, as `SentenceTransformer.encode_query` does.
+
+        Args:
+            texts: One query or several.
+            instruction: The task in one sentence; "" for none. Defaults to the one the model was exported with.
+            max_length: Defaults to the length the model was exported with, else 512.
+            batch_size: As in `encode`.
+            show_progress: As in `encode`.
+
+        Returns:
+            As `encode`.
+
+        Raises:
+            InputError: No instruction is given, and the model was not exported with one.
+        """
+        if instruction is None:
+            instruction = self.instruction
+        if instruction is None:
+            raise InputError('the model was not exported with an instruction: pass instruction=..., or "" for none')
+        length = max_length or self.max_length
+        return self.encode(
+            texts, instruction=instruction, max_length=length, batch_size=batch_size, show_progress=show_progress
+        )
+
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        *,
+        max_length: int | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Embed documents, which carry no instruction; the arguments are those of `encode_query`."""
+        length = max_length or self.max_length
+        return self.encode(texts, max_length=length, batch_size=batch_size, show_progress=show_progress)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -221,25 +293,16 @@ class E5Model(nn.Module):
 
         Always non-reentrant, the form that works with frozen inputs, DDP and ZeRO; the inputs are made to require
         gradients all the same, so that a LoRA layer below the first checkpoint never goes untrained. `options` as in
-        transformers: `every_n_layers`, `offload`.
+        transformers: `every_n_layers`, `offload` (not in the fused layers).
         """
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.backbone.enable_input_require_grads()
-        if hasattr(self.backbone, "activation_checkpointing_enable"):
-            self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
-        else:  # transformers < 5.23 has it under the older name only
-            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """The name by which transformers < 5.23 asks for `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
 
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
-        return is_checkpointing(self.backbone)
-
-    is_gradient_checkpointing = is_activation_checkpointing
+        return bool(self.backbone.is_activation_checkpointing)
 
     def save_pretrained(self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the adapter (or the full weights), the tokenizer and `e5_config.json` into folder `path`.

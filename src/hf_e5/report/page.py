@@ -14,7 +14,8 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-from ..errors import InputError
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from ..languages import load_languages
 from ..records import RECORD_COLUMNS
 
@@ -51,10 +52,6 @@ def render_page(
         figure: the trusted SVG element of figure 2.
         records: rows to browse; untrusted.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise InputError("the report page needs jinja2: pip install hf-e5[synthesis]") from None
     environment = Environment(
         loader=PackageLoader("hf_e5.report", "assets"),
         autoescape=True,
@@ -84,9 +81,15 @@ def _embed(records: Iterable[Mapping[str, Any]]) -> str:
     """Return JSON that is safe inside a script element: no "<", hence no "</script>" and no "<!--"."""
     data = {
         "columns": COLUMNS,
-        "rows": [[record.get(name) for name in COLUMNS] for record in records],
+        "rows": [[_cell(name, record.get(name)) for name in COLUMNS] for record in records],
         "languages": {code: language.name for code, language in load_languages().items()},
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     # Half of a surrogate pair has no UTF-8 form; "backslashreplace" makes it JSON's own escape.
     return text.replace("<", "\\u003c").encode(errors="backslashreplace").decode()
+
+
+def _cell(column: str, value: Any) -> Any:
+    """A dropped record may hold anything where the page expects a text: show its JSON."""
+    is_plain = column == "placeholders" or value is None or isinstance(value, str)
+    return value if is_plain else json.dumps(value, ensure_ascii=False)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import random
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..filters.duplicates import text_key
-from ..filters.record_filters import TEXT_FIELDS, UNSPACED_SCRIPTS, WORD_CHARACTERS, FilterSettings, schema
-from ..synthesis.usage import Usage
+from ..filters.record_filters import UNSPACED_SCRIPTS, WORD_CHARACTERS
+from ..records import TEXT_COLUMNS, Usage, stable_hash, text_key
 
 
 # Distinct-n falls as texts are added, so it is taken on samples of one size, of which results can be compared.
@@ -44,50 +43,63 @@ class Sample:
         return [row for _, row in sorted(self._rows, key=lambda pair: pair[0])]
 
 
-@dataclass
 class Statistics:
-    """Counts over records; `add` takes one after the other."""
+    """What a set of records holds, counted one record at a time; about 30 bytes a record.
 
-    records: int = 0
-    unreadable: int = 0
-    task_types: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
-    document_languages: Counter[str] = field(default_factory=Counter)
-    models: Counter[str] = field(default_factory=Counter)
-    characters: dict[tuple[str, str], array] = field(default_factory=dict)
-    instructions: set[bytes] = field(default_factory=set)
-    sample: Sample = field(default_factory=lambda: Sample(DIVERSITY_RECORDS))
+    Attributes:
+        task_types, models: number of records by task type and by model.
+        languages: number of records by language of the query.
+        document_languages: the same for the documents.
+        characters: lengths of the texts by (task type, column), without those that are absent.
+    """
 
-    def add(self, record: dict[str, Any]) -> bool:
-        """Count a record; return False, and count it as unreadable, if it is none."""
-        if schema(record, FilterSettings()):
-            self.unreadable += 1
-            return False
-        self.records += 1
-        task_type = record["task_type"]
-        self.task_types[task_type] += 1
+    def __init__(self) -> None:
+        self.task_types: Counter[str] = Counter()
+        self.models: Counter[str] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.document_languages: Counter[str] = Counter()
+        self.characters: dict[tuple[str, str], array] = defaultdict(lambda: array("I"))
+        self._ids, self._instructions = array("Q"), array("Q")
+        self._sample = Sample(DIVERSITY_RECORDS)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.task_types[record["task_type"]] += 1
+        self.models[record["model"]] += 1
         self.languages[record["language"]] += 1
         self.document_languages[record["document_language"]] += 1
-        self.models[record["model"]] += 1
-        self.instructions.add(text_key(record["instruction"])[:8])
-        for name in TEXT_FIELDS:
-            if record.get(name):
-                self.characters.setdefault((task_type, name), array("I")).append(len(record[name]))
-        self.sample.add((record["query"], record["positive"]))
-        return True
+        for name in TEXT_COLUMNS:
+            if record.get(name) is not None:
+                self.characters[record["task_type"], name].append(len(record[name]))
+        self._ids.append(stable_hash(record["id"]))
+        self._instructions.append(text_key(record["instruction"]))
+        self._sample.add((record["query"], record["positive"]))
+
+    @property
+    def num_instructions(self) -> int:
+        """Number of distinct instructions; case and spacing do not count."""
+        return len(set(self._instructions))
+
+    def first_repeated_id(self) -> tuple[int, int] | None:
+        """Return the positions, in the order of adding, of the first record whose id was there before, and of that."""
+        hashes = np.frombuffer(self._ids, dtype=np.uint64)
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        repeated = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+        return (int(first[inverse][repeated[0]]), int(repeated[0])) if len(repeated) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the statistics as plain JSON data, largest counts first."""
         return {
-            "records": self.records,
-            "unreadable": self.unreadable,
+            "records": len(self),
             "task_types": dict(self.task_types.most_common()),
             "languages": dict(self.languages.most_common()),
             "document_languages": dict(self.document_languages.most_common()),
             "models": dict(self.models.most_common()),
             "characters": self._lengths(),
-            "distinct_instructions": len(self.instructions),
-            "diversity": distinct_ngrams(self.sample.rows()),
+            "distinct_instructions": self.num_instructions,
+            "diversity": distinct_ngrams(self._sample.rows()),
         }
 
     def _lengths(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -116,7 +128,7 @@ def distinct_ngrams(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
 
 
 def read_usage(path: Path, records: int) -> dict[str, Any] | None:
-    """Sum up tokens and cost of `answers.jsonl` by model (`usage.Usage`); None without such a file.
+    """Sum up tokens and cost of `answers.jsonl` by model (`records.Usage`); None without such a file.
 
     Failed answers and brainstormed task lists were paid for and count. A cost is None where a model has no price.
 

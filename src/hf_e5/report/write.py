@@ -10,7 +10,7 @@ Where the filters ran (`hf-e5 filter`), the figures are those of the kept record
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,18 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import whole_folder
-from ..filters.run import read_rows
 from ..languages import load_languages
-from ..records import ANSWERS_FILE, DROPPED_FILE, FILTERS_FILE, KEPT_FILE, MARGINS_FILE, RECORDS_FILE
+from ..records import (
+    ANSWERS_FILE,
+    DROPPED_FILE,
+    FILTERS_FILE,
+    KEPT_FILE,
+    MARGINS_FILE,
+    RECORDS_FILE,
+    read_any_rows,
+    read_json,
+    record_problem,
+)
 from .figures import plot_shares
 from .page import Table, render_page
 from .statistics import Sample, Statistics, read_margins, read_usage
@@ -59,25 +68,28 @@ def write_report(directory: str | Path, out: str | Path | None = None, max_rows:
 
 def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows: int) -> dict[str, Any]:
     """Count the records of `source` and write the report to the empty `folder`."""
-    dropped, losses = Sample(max_rows // 2), Counter[tuple[str, str]]()
+    dropped, losses = Sample(max_rows // 2), defaultdict[str, Counter[str]](Counter)
     if filtered and (directory / DROPPED_FILE).is_file():
         for row in _progress(directory / DROPPED_FILE):
-            losses[row.get("task_type") or "unreadable", row["dropped_by"]] += 1
+            losses[str(row.get("task_type") or "unreadable")][row["dropped_by"]] += 1
             dropped.add(row)
-    kept, statistics = Sample(max_rows - len(dropped.rows())), Statistics()
+    kept, statistics, unreadable = Sample(max_rows - len(dropped.rows())), Statistics(), 0
     for row in _progress(source):
-        if statistics.add(row):
-            kept.add(row)
-    if not statistics.records:
+        if record_problem(row):
+            unreadable += 1
+            continue
+        statistics.add(row)
+        kept.add(row)
+    if not len(statistics):
         raise InputError(f"{source}: no records")
 
-    report: dict[str, Any] = statistics.to_dict()
+    report: dict[str, Any] = {**statistics.to_dict(), "unreadable": unreadable}
     if filtered:
-        report["filters"] = json.loads((directory / FILTERS_FILE).read_text(encoding="utf-8"))
-        report["dropped_by_task_type"] = _nested(losses)
+        report["filters"] = read_json(directory / FILTERS_FILE)
+        report["dropped_by_task_type"] = {name: dict(counts.most_common()) for name, counts in losses.items()}
     report["near_duplicate_rate"] = _near_duplicate_rate(report.get("filters"))
     report["margins"] = read_margins(directory / MARGINS_FILE)
-    report["usage"] = read_usage(directory / ANSWERS_FILE, statistics.records)
+    report["usage"] = read_usage(directory / ANSWERS_FILE, len(statistics))
 
     _, svg = plot_shares(statistics.task_types, statistics.languages, folder / "figure2")
     page = render_page(
@@ -85,7 +97,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
         tiles=headline_figures(report),
         notes=_notes(kept, dropped, directory, filtered),
         tables=_tables(report),
-        figure=svg.read_text(encoding="utf-8").partition("<svg")[2].join(["<svg", ""]),
+        figure="<svg" + svg.read_text(encoding="utf-8").partition("<svg")[2],
         records=kept.rows() + dropped.rows(),
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
@@ -95,7 +107,7 @@ def _write(directory: Path, source: Path, filtered: bool, folder: Path, max_rows
 
 
 def _progress(path: Path):
-    return tqdm(read_rows(path), desc=path.name, unit=" records")
+    return tqdm(read_any_rows(path), desc=path.name, unit=" records")
 
 
 def _near_duplicate_rate(filters: dict[str, Any] | None) -> float | None:
@@ -104,13 +116,6 @@ def _near_duplicate_rate(filters: dict[str, Any] | None) -> float | None:
         return None
     repeats = filters["dropped"]["near_duplicate"] + filters["dropped"].get("exact_duplicate", 0)
     return repeats / filters["records"]
-
-
-def _nested(losses: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    nested: dict[str, dict[str, int]] = {}
-    for (task_type, name), count in losses.most_common():
-        nested.setdefault(task_type, {})[name] = count
-    return nested
 
 
 def headline_figures(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -156,7 +161,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         losses.append(("kept", f"{report['filters']['kept']:,}", f"{report['filters']['kept'] / seen:.2%}"))
         note = "The first filter that objects to a record counts it."
         tables.append(Table("Filters", ("filter", "dropped", "share"), losses, note))
-    tables.append(_shares("Task types", "task type", report["task_types"], total))
+    tables.append(_shares("Task types", ("task type", "records"), report["task_types"], total))
     lengths = [
         (f"{task_type}: {name}", *(f"{values[key]:,.0f}" for key in ("p5", "median", "mean", "p95")))
         for task_type, fields in report["characters"].items()
@@ -166,7 +171,8 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     if report["usage"]:
         tables.append(_usage_table(report["usage"]))
         if report["usage"]["errors"]:
-            tables.append(_shares("Failed answers", "reason", report["usage"]["errors"], report["usage"]["answers"]))
+            errors, answers = report["usage"]["errors"], report["usage"]["answers"]
+            tables.append(_shares("Failed answers", ("reason", "answers"), errors, answers))
     diversity = report["diversity"]
     rows = [(name, *(f"{diversity[f'{name}_distinct_{n}']:.3f}" for n in (1, 2, 3))) for name in ("query", "positive")]
     rate = report["near_duplicate_rate"]
@@ -180,27 +186,22 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         rows = [(name, f"{value:.3f}") for name, value in report["margins"].items() if name != "records"]
         note = f"Cosine of query and positive less that of query and negative; {report['margins']['records']:,} rows."
         tables.append(Table("Margins of the embedding check", ("", "margin"), rows, note))
-    tables.append(_shares("Models", "model", report["models"], total))
+    tables.append(_shares("Models", ("model", "records"), report["models"], total))
     names = {code: language.name for code, language in load_languages().items()}
     languages = {f"{names.get(code, code)} ({code})": n for code, n in report["languages"].items()}
-    tables.append(_shares("Languages of queries", "language", languages, total))
+    tables.append(_shares("Languages of queries", ("language", "records"), languages, total))
     return tables
 
 
-def _shares(title: str, name: str, counts: dict[str, int], total: int) -> Table:
+def _shares(title: str, columns: tuple[str, str], counts: dict[str, int], total: int) -> Table:
     rows = [(key, f"{count:,}", f"{count / total:.2%}") for key, count in counts.items()]
-    return Table(title, (name, "records" if title != "Failed answers" else "answers", "share"), rows)
+    return Table(title, (*columns, "share"), rows)
 
 
 def _usage_table(usage: dict[str, Any]) -> Table:
+    counts = ("answers", "prompt_tokens", "completion_tokens")
     rows = [
-        (
-            model,
-            f"{values['answers']:,}",
-            f"{values['prompt_tokens']:,}",
-            f"{values['completion_tokens']:,}",
-            _usd(values["cost"]),
-        )
+        (model, *(f"{values[name]:,}" for name in counts), _usd(values["cost"]))
         for model, values in usage["models"].items()
     ]
     per_thousand = f"{usage['tokens_per_record']:,.0f} tokens a record; {_usd(usage['usd_per_1k_records'])} per 1,000."

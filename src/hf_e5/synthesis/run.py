@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..records import fold
 from .answers import answer_row
 from .capabilities import Call
 from .client import Answer
@@ -173,7 +174,7 @@ class TaskPool:
     def add(self, instructions: list[str], domain: str) -> None:
         """Add a brainstormed list, without tasks that differ from known ones only in case, spaces or full stop."""
         for text in instructions:
-            key = " ".join(text.casefold().split()).strip(" .!")
+            key = fold(text).strip(" .!")
             if key and key not in self._seen:
                 self._seen.add(key)
                 self.tasks.append(Task(" ".join(text.split()), domain))

@@ -28,13 +28,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import whole_file
-from ..records import ANSWERS_FILE, FAILURES_FILE, RECORDS_FILE, RUN_FILE
+from ..records import ANSWERS_FILE, FAILURES_FILE, RECORDS_FILE, RUN_FILE, read_json, read_rows
 
 
 try:
@@ -184,7 +183,7 @@ class AnswerStore:
     def _check_identity(self, identity: dict[str, Any] | None) -> None:
         path = self.folder / RUN_FILE
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             if identity and (changed := [key for key in identity if identity[key] != before.get(key)]):
                 raise InputError(
                     f"{self.folder}: was begun with another {changed[0]} ({before.get(changed[0])}, now "
@@ -193,28 +192,6 @@ class AnswerStore:
         elif identity:
             with whole_file(path, "w") as file:
                 file.write(json.dumps(identity, indent=2) + "\n")
-
-
-def read_rows(path: str | Path, *, torn_end: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file, one in memory at a time.
-
-    Args:
-        torn_end: pass over a last line that a crash cut.
-
-    Raises:
-        InputError: a line is no JSON object; names file and line.
-    """
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                if torn_end and not line.endswith(b"\n"):
-                    return
-                row = None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is no JSON object; remove or repair it")
-            yield row
 
 
 def _repair_tail(path: Path) -> None:

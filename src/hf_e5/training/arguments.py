@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
@@ -16,12 +16,11 @@ from transformers import TrainingArguments
 from ..data.mixture import load_mixture
 from ..errors import InputError
 from ..modeling.encoder import E5Model
+from .losses import TEMPERATURE
+from .objective import ContrastiveObjective
 
 
 logger = logging.getLogger(__name__)
-
-# All seven linear layers of a Llama-like decoder (paper, section 4.2 and the released adapter's configuration).
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -42,12 +41,15 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by alpha / r"})
     lora_dropout: float = field(default=0.1, metadata={"help": "dropout in front of the adapter"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "linear layers to adapt; all seven of a Llama-like decoder if unset"}
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "names of linear layers to adapt; all-linear: every one (all seven of a Llama-like layer)"},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit base, needs bitsandbytes and a GPU"})
 
     def __post_init__(self) -> None:
+        targets: Any = self.lora_target_modules or "all-linear"  # YAML can also give one name, or null
+        self.lora_target_modules = [targets] if isinstance(targets, str) else targets
         if self.load_in_4bit and not self.use_peft:
             raise InputError("load_in_4bit trains an adapter on a quantised base: set use_peft as well")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -79,7 +81,8 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or LORA_TARGETS,
+            # The shorthand is one only outside of a list.
+            target_modules="all-linear" if "all-linear" in self.lora_target_modules else self.lora_target_modules,
             bias="none",
             task_type="FEATURE_EXTRACTION",
         )
@@ -143,7 +146,7 @@ class E5TrainingArguments(TrainingArguments):
 
     INPUT_PATHS: ClassVar = ("deepspeed",)
 
-    temperature: float = field(default=0.02, metadata={"help": "of InfoNCE (paper, section 3.2)"})
+    temperature: float = field(default=TEMPERATURE, metadata={"help": "of InfoNCE (paper, section 3.2)"})
     query_max_length: int = field(default=512, metadata={"help": "tokens of a query, instruction and EOS included"})
     passage_max_length: int = field(default=512, metadata={"help": "tokens of a document, EOS included"})
     mini_batch_num_tokens: int = field(default=16384, metadata={"help": "token budget of one forward pass"})
@@ -168,7 +171,8 @@ class E5TrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "of AdamW"})
     logging_steps: float = field(default=10, metadata={"help": "steps, or a share of all steps if below 1"})
     dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "leave out the last batch of an epoch if it is smaller: its loss is another"}
+        default=True,
+        metadata={"help": "leave out the last batch of an epoch if it is smaller: its loss is not comparable"},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "kept off: the collator reads all columns"})
 
@@ -181,13 +185,7 @@ class E5TrainingArguments(TrainingArguments):
                 raise InputError(f"{name} must be at least 4 tokens, got {getattr(self, name)}")
         if self.mini_batch_num_tokens < 1:
             raise InputError(f"mini_batch_num_tokens must be at least 1, got {self.mini_batch_num_tokens}")
-        if self.keep_graph_num_tokens != "auto":
-            try:
-                self.keep_graph_num_tokens = int(self.keep_graph_num_tokens)  # type: ignore[assignment]
-            except ValueError:
-                raise InputError(
-                    f"keep_graph_num_tokens must be a number or auto, got {self.keep_graph_num_tokens!r}"
-                ) from None
+        self.kept_tokens()
         if self.false_negative_margin is not None and not math.isfinite(self.false_negative_margin):
             raise InputError(f"false_negative_margin must be finite, got {self.false_negative_margin}")
         if self.gradient_accumulation_steps > 1:
@@ -196,3 +194,24 @@ class E5TrainingArguments(TrainingArguments):
                 "Raise per_device_train_batch_size instead; memory is bounded by mini_batch_num_tokens.",
                 self.gradient_accumulation_steps,
             )
+
+    def objective(self) -> ContrastiveObjective:
+        """The loss of one step."""
+        return ContrastiveObjective(
+            temperature=self.temperature,
+            gather_across_devices=self.gather_across_devices,
+            mask_duplicates=self.mask_duplicates,
+            false_negative_margin=self.false_negative_margin,
+            matryoshka_dims=self.matryoshka_dims,
+        )
+
+    def kept_tokens(self) -> int | Literal["auto"]:
+        """`keep_graph_num_tokens` as the step takes it; the field is text, as flags and YAML give either kind."""
+        if self.keep_graph_num_tokens == "auto":
+            return "auto"
+        try:
+            return int(self.keep_graph_num_tokens)
+        except ValueError:
+            raise InputError(
+                f"keep_graph_num_tokens must be a number or auto, got {self.keep_graph_num_tokens!r}"
+            ) from None

@@ -1,4 +1,4 @@
-"""Checks and figures of a running training."""
+"""Callbacks of a running training: a check of the adapter, a time limit, and the log as a table."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LoraGradientCheck(TrainerCallback):
         if bad:
             raise RuntimeError(
                 f"{len(bad)} of {len(self._largest)} LoRA tensors got no gradient in the first step, e.g. {bad[0]}: "
-                "the adapter would stay what it is. Usual causes: inputs that need no gradient under activation "
+                "the adapter would not be trained. Usual causes: inputs that need no gradient under activation "
                 "checkpointing, a frozen adapter, or target modules that the forward pass never reaches."
             )
 
@@ -74,12 +74,12 @@ class FitToTime(TrainerCallback, ExportableState):
 
     `args.max_steps` is the most that a run gets. After `MEASURED` steps (the first one, which also loads kernels, not
     counted) it is cut to what fits; the warm-up, which no schedule of transformers makes depend on the number of
-    steps, is then still going on. If steps become slower later, the run is cut again: the learning rate drops
+    steps, has not ended by then. If steps become slower later, the run is cut again: the learning rate drops
     at once, and still ends where the schedule ends. One process only: the clocks of several would disagree.
 
     Args:
         seconds: From the start of training to its last step.
-        least: Steps that are taken whatever they cost.
+        least: Steps that are taken in any case.
 
     A resumed run keeps the number of steps (with `restore_callback_states_from_checkpoint`) and gets `seconds` anew.
     """
@@ -159,22 +159,3 @@ class LogTable(ProgressCallback):
         cells = [form.format(logs.get(name, math.nan)) for name, (_, form) in self.COLUMNS.items()]
         cells = ["" if cell == "nan" else cell for cell in cells]  # no hard negatives in these batches, say
         tqdm.write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
-
-
-class RunningMeans:
-    """Means of the step statistics since the last log; values stay on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, statistics: dict[str, Tensor]) -> None:
-        for name, value in statistics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def pop(self) -> dict[str, Tensor]:
-        """Return the means and start anew."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self.__init__()  # type: ignore[misc]
-        return means

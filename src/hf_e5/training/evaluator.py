@@ -105,7 +105,8 @@ def _embed(
             # Dealt round-robin, so that all processes get texts of like length.
             mine = order[start + accelerator.process_index : start + step : accelerator.num_processes]
             mine = mine + [order[start]] * (batch_size - len(mine))
-            (micro_batch,) = forward_batches(bare, [list(texts[i]) for i in mine], len(mine))
+            ids = [list(texts[i]) for i in mine]
+            (micro_batch,) = forward_batches(bare.backbone, ids, pooling=bare.pooling, batch_size=len(ids))
             out = model(**micro_batch.inputs)[micro_batch.texts.argsort()]
             gathered = accelerator.gather(out).float().cpu()
             rank_major = gathered.view(accelerator.num_processes, batch_size, -1).transpose(0, 1).flatten(0, 1)

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,11 +31,7 @@ from ..modeling.packed.decoder import packed_attention_of
 from ..modeling.packed.layout import Pack
 from ..modeling.packed.micro_batches import MicroBatch, make_micro_batches
 from .memory import free_memory, graph_bytes
-from .objective import ContrastiveObjective
-
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from .objective import ContrastiveObjective, ObjectiveOutput
 
 
 logger = logging.getLogger(__name__)
@@ -52,14 +49,6 @@ SUPPORTED = {
 }
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step reports; everything detached and on the device, so that nothing waits for it."""
-
-    loss: Tensor  # [], mean over the queries of this process
-    statistics: dict[str, Tensor]  # 0-d tensors: accuracy, mrr, positive_similarity, ...
-
-
 class ContrastiveStep:
     """Forward and backward of one contrastive batch.
 
@@ -68,37 +57,44 @@ class ContrastiveStep:
 
     Args:
         model: the [`~hf_e5.E5Model`], as the accelerator prepared it (bare, DDP, DeepSpeed engine or FSDP 2).
-        args: [`~hf_e5.E5TrainingArguments`].
+        objective: the loss of all embeddings of the batch.
         accelerator: runs backward, and so owns loss scaling, gradient synchronisation and ZeRO.
+        mini_batch_num_tokens: token budget of one forward pass, at least 1; a longer text has a pass alone.
+        keep_graph_num_tokens: tokens whose graphs are kept instead of computed again in the backward pass, at least
+            those of the last micro-batch; `auto` measures what fits the free memory.
 
     Raises:
         InputError: The accelerator distributes in a way for which the step is not known to be exact (FSDP 1).
     """
 
-    def __init__(self, model: nn.Module, args: Any, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ContrastiveObjective,
+        accelerator: Accelerator,
+        *,
+        mini_batch_num_tokens: int,
+        keep_graph_num_tokens: int | Literal["auto"],
+    ):
         if accelerator.distributed_type not in SUPPORTED and not accelerator.is_fsdp2:
             raise InputError(
                 f"training under {accelerator.distributed_type.value} is not supported: "
                 "use DDP, DeepSpeed or FSDP version 2"
             )
-        self.model, self.args, self.accelerator = model, args, accelerator
+        self.model, self.objective, self.accelerator = model, objective, accelerator
         self.encoder: E5Model = accelerator.unwrap_model(model)
-        self.objective = ContrastiveObjective(
-            temperature=args.temperature,
-            gather_across_devices=args.gather_across_devices,
-            mask_duplicates=args.mask_duplicates,
-            false_negative_margin=args.false_negative_margin,
-            matryoshka_dims=args.matryoshka_dims,
-        )
-        self._keep_tokens: int | None = None if args.keep_graph_num_tokens == "auto" else args.keep_graph_num_tokens
+        self._budget, self._keep_tokens = mini_batch_num_tokens, keep_graph_num_tokens
         self._is_logged = False
 
-    def __call__(self, batch: dict[str, Tensor], *, loss_scale: float = 1.0) -> StepOutput:
+    def __call__(self, batch: dict[str, Tensor], *, loss_scale: float = 1.0) -> ObjectiveOutput:
         """Add the gradients of `loss_scale` x loss to the parameters.
 
         Args:
             batch: of [`~hf_e5.E5DataCollator`], on the model's device.
-            loss_scale: 1 / gradient accumulation steps. The reported loss is not scaled.
+            loss_scale: 1 / gradient accumulation steps. The returned loss is not scaled.
+
+        Returns:
+            What the objective returned; everything detached and on the device, so that nothing waits for it.
         """
         plan = self.plan(batch)
         # Activation checkpointing looks up the attention function again in the backward pass: hence around everything.
@@ -107,17 +103,21 @@ class ContrastiveStep:
             embeddings, graphs, rng_states = self._forward(plan, num_texts=len(batch["lengths"]))
             output = self.objective(embeddings, batch)
             self._backward(plan, output.grad * loss_scale, graphs, rng_states)
-        return StepOutput(output.loss, output.statistics)
+        return output
 
     def plan(self, batch: dict[str, Tensor]) -> Plan:
         """Cut the batch into micro-batches and decide which graphs to keep: alike on every process."""
-        budget = self.args.mini_batch_num_tokens
         prefix_lengths = batch["prefix_lengths"].cpu()
         cut = partial(
-            make_micro_batches, self.encoder, batch["input_ids"], batch["lengths"], prefix_lengths=prefix_lengths
+            make_micro_batches,
+            self.encoder.backbone,
+            batch["input_ids"],
+            batch["lengths"],
+            pooling=self.encoder.pooling,
+            prefix_lengths=prefix_lengths,
         )
-        micro_batches = list(cut(max_tokens=budget))
-        if self._keep_tokens is None:
+        micro_batches = list(cut(max_tokens=self._budget))
+        if self._keep_tokens == "auto":
             self._keep_tokens = self._affordable_tokens(micro_batches[0])
         tokens = 0
         num_kept = 0
@@ -134,7 +134,7 @@ class ContrastiveStep:
         if recomputed and self.accelerator.device.type != "cpu" and not self._has_dropout():
             # Without dropout both passes need not be cut alike.
             texts = torch.cat([micro_batch.texts for micro_batch in recomputed]).tolist()
-            forward_only = list(cut(max_tokens=budget * FORWARD_ONLY_FACTOR, texts=texts))
+            forward_only = list(cut(max_tokens=self._budget * FORWARD_ONLY_FACTOR, texts=texts))
             forward_only = forward_only or recomputed[:1]  # nothing but fillers
             forward_only = _fill(forward_only, self._agree(len(forward_only), 0)[0])
         plan = Plan(kept, recomputed, forward_only)
@@ -160,7 +160,7 @@ class ContrastiveStep:
         graphs: list[Tensor] = []
         rng_states: list[_RandomState] = []
         outputs: list[Tensor] = []
-        # DDP arms its reduction in the forward pass, so only a pass whose backward is the step's last may synchronise.
+        # DDP prepares its reduction in the forward pass: only one whose backward is the step's last may synchronise.
         with self._no_sync() if plan.recomputed else nullcontext():
             with torch.no_grad():  # first, while no graph takes memory
                 for micro_batch in plan.forward_only:
@@ -189,7 +189,7 @@ class ContrastiveStep:
 
     def _embed(self, micro_batch: MicroBatch) -> Tensor:
         """[n, D] fp32 through the prepared model, which owns autocast, DDP's hooks and ZeRO's gathers."""
-        return self.model(**micro_batch.inputs)[: len(micro_batch.texts)]  # a filler embeds what nobody asked for
+        return self.model(**micro_batch.inputs)[: len(micro_batch.texts)]  # none of a filler
 
     def _accelerated_backward(self, surrogate: Tensor, is_last: bool) -> None:
         """`accelerator.backward`; DeepSpeed reduces and steps only at the last one of a synchronising step."""
@@ -259,7 +259,7 @@ class _RandomState:
 
 
 def _fill(micro_batches: list[MicroBatch], count: int) -> list[MicroBatch]:
-    """Put fillers in front, up to `count`: the smallest micro-batch again, of which no text is taken."""
+    """Pad the list at the front to `count` with copies of the smallest micro-batch; their embeddings are ignored."""
     smallest = min(micro_batches, key=lambda micro_batch: micro_batch.num_tokens)
     filler = replace(smallest, texts=smallest.texts[:0])
     return [*[filler] * (count - len(micro_batches)), *micro_batches]

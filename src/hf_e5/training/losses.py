@@ -16,6 +16,8 @@ from torch import Tensor
 
 Mask = Tensor | Callable[[int, int], Tensor]
 
+TEMPERATURE = 0.02  # paper, section 3.2
+
 
 @dataclass(frozen=True)
 class InfoNCEOutput:
@@ -41,12 +43,17 @@ def info_nce(
     documents: Tensor,
     positives: Tensor,
     *,
-    temperature: float = 0.02,
+    temperature: float = TEMPERATURE,
     mask: Mask | None = None,
     false_negative_margin: float | None = None,
     chunk_size: int = 512,
 ) -> InfoNCEOutput:
-    """Return `mean_i -log softmax_j(q_i . d_j / temperature)[positives_i]` and its gradients.
+    """InfoNCE that returns its gradients itself: no autograd runs through it, and `loss.backward()` is an error.
+
+    The loss is `mean_i -log softmax_j(q_i . d_j / temperature)[positives_i]`. To train an encoder with it:
+
+        output = info_nce(queries, documents, positives)
+        torch.autograd.backward([queries, documents], [output.grad_queries, output.grad_documents])
 
     Args:
         queries: [B, D], unit norm for cosine similarity. Half precision is computed in fp32.

@@ -19,14 +19,14 @@ from .losses import InfoNCEOutput, Mask, info_nce, matryoshka_info_nce
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Loss of this process (0-d), its gradient on the embeddings [U, D] (fp32) and 0-d statistics, all detached."""
+    """Loss of one step and its gradient on the embeddings, all detached."""
 
-    loss: Tensor
-    grad: Tensor
-    statistics: dict[str, Tensor]
+    loss: Tensor  # [], mean over the queries of this process
+    grad: Tensor  # [U, D], of `loss`, fp32
+    statistics: dict[str, Tensor]  # 0-d: accuracy, mrr, positive_similarity, ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContrastiveObjective:
     """InfoNCE between the queries of a batch and the documents of all processes.
 
@@ -39,9 +39,9 @@ class ContrastiveObjective:
     The other fields are those of [`~hf_e5.E5TrainingArguments`].
     """
 
-    temperature: float = 0.02
-    gather_across_devices: bool = True
-    mask_duplicates: bool = True
+    temperature: float
+    gather_across_devices: bool
+    mask_duplicates: bool
     false_negative_margin: float | None = None
     matryoshka_dims: Sequence[int] | None = None
 
@@ -94,7 +94,10 @@ class ContrastiveObjective:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """The documents of all processes, each process padded to the largest count, and where the local ones are."""
+    """The documents of all processes, each process padded to the largest count, and where the local ones are.
+
+    With N documents (padding included) and Q queries of all processes, and B queries of this one.
+    """
 
     documents: Tensor  # [N, D]
     document_hashes: Tensor  # [N]
@@ -116,11 +119,16 @@ class _Gathered:
         return grad_documents[: self.num_local]
 
     def mask_duplicates(self, local_query_hashes: Tensor) -> tuple[Tensor, Callable[[int, int], Tensor]]:
-        """Return the positives [B] as columns of the set of distinct documents, and the mask of all other columns."""
+        """Return the positives [B] as columns of the distinct documents, and the mask of what is no negative.
+
+        Documents a b a c, query 0 with the positives a (column 0) and c (column 3), query 1 with a (column 2):
+            column 2 repeats column 0 and is hidden from both; query 1's positive becomes column 0;
+            query 0 must not see its positives 0 and 3 (`info_nce` shows it the one of the row), query 1 not 0.
+        """
         size = len(self.document_hashes)
         columns = torch.arange(size, device=self.document_hashes.device)
         _, group = self.document_hashes.unique(return_inverse=True)
-        # The first valid occurrence stands for all; padding comes after every real document.
+        # The first valid occurrence of a text stands for all; padding comes after every real document.
         rank = torch.where(self.valid_documents, columns, columns + size)
         first = rank.new_full((size,), 2 * size).scatter_reduce(0, group, rank, "amin")[group]
         hidden_columns = (first != columns)[None]  # [1, N]

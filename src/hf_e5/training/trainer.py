@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..modeling.backbone import require_adapter_loaded
 from ..modeling.encoder import E5Model
 from .arguments import E5TrainingArguments
-from .callbacks import LogTable, LoraGradientCheck, RunningMeans
+from .callbacks import LogTable, LoraGradientCheck
 from .evaluator import evaluate_retrieval
 from .gradcache import ContrastiveStep
 
@@ -78,7 +78,7 @@ class E5Trainer(Trainer):
             if self.pop_callback(printer) is not None:
                 self.add_callback(LogTable())
         self._step: ContrastiveStep | None = None
-        self._means = RunningMeans()
+        self._means = _RunningMeans()
         self._tokens = 0
         self._since = time.perf_counter()
 
@@ -97,7 +97,7 @@ class E5Trainer(Trainer):
         """Batches of one task each, the same plan on every process (`hf_e5.data.sampler.TaskBatchSampler`)."""
         if self._batch_sampler is None:
             return super().get_train_dataloader()
-        # Not through accelerator.prepare: the sampler knows the processes already and must not be dealt out again.
+        # Not through accelerator.prepare: the sampler knows the processes already and must not be sharded again.
         return DataLoaderShard(
             self.train_dataset,
             batch_sampler=self._batch_sampler,
@@ -114,7 +114,13 @@ class E5Trainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         if self._step is None or self._step.model is not model:
-            self._step = ContrastiveStep(model, self.args, self.accelerator)
+            self._step = ContrastiveStep(
+                model,
+                self.args.objective(),
+                self.accelerator,
+                mini_batch_num_tokens=self.args.mini_batch_num_tokens,
+                keep_graph_num_tokens=self.args.kept_tokens(),
+            )
         scale = 1 / self.current_gradient_accumulation_steps
         output = self._step(inputs, loss_scale=scale)
         self._means.add(output.statistics)
@@ -124,7 +130,7 @@ class E5Trainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log what tells whether the run is sound (docs/training.md), as means over all devices."""
         if "loss" in logs and (means := self._means.pop()):
-            values = torch.stack([value.float() for value in means.values()]).to(self.args.device)
+            values = torch.stack(list(means.values())).to(self.args.device)
             values = self.accelerator.reduce(values, reduction="mean")
             logs.update(zip(means, values.tolist(), strict=True))
             tokens = self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device))
@@ -190,6 +196,23 @@ class E5Trainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _RunningMeans:
+    """Means of the step statistics since the last log; values stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, statistics: dict[str, Tensor]) -> None:
+        for name, value in statistics.items():
+            self._values.setdefault(name, []).append(value)
+
+    def pop(self) -> dict[str, Tensor]:
+        """Return the means and start anew."""
+        means = {name: torch.stack(values).float().mean() for name, values in self._values.items()}
+        self._values = {}
+        return means
 
 
 def _complete_fsdp_plugin(plugin: Any, backbone: Any) -> None:

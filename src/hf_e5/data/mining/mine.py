@@ -3,200 +3,197 @@
 The paper takes one of the top 100 of multilingual-e5-base (appendix A). Margins as in NV-Retriever (arXiv 2407.15831)
 keep documents away that score like positives because they are positives nobody labelled.
 
-1. *Prepare*: number the distinct queries and documents; note for each query which documents it must never get.
+1. *Number* the distinct queries and documents; note for each query which documents it must never get.
 2. *Encode* them, one file of `BLOCK` vectors at a time.
 3. *Search* exactly, one file of `BLOCK` queries at a time.
-4. *Choose* negatives from the ranking of each row and write the rows out.
+4. *Choose* negatives from the ranking of each row.
 
 The files of 2 and 3 make mining resumable, bound its memory and are the units that several processes share.
+sentence-transformers' `mine_hard_negatives` holds all texts and embeddings in memory, cannot go on after half of the
+texts, drops rows for which it finds too few negatives, and knows one prompt for all rows.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ...errors import InputError
 from ...files import whole_file
 from ...instructions import format_query
-from ..mixture import Row, open_source, read_rows, row_instruction
-from ..mixture_config import DEFAULT_SEED, Source
+from ...records import text_key
+from ..mixture import Row, read_rows
+from ..mixture_config import Source
 from .search import exact_search
 from .selection import Selection
-from .text_blocks import BLOCK, TextReader, TextWriter, normalize
+from .text_blocks import BLOCK, TextReader, TextWriter
 
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
-@dataclass
-class MiningReport:
-    """What mining wrote: rows, how many miss negatives, and mean scores of positives and mined negatives."""
-
-    rows: int = 0
-    mined: int = 0
-    short: int = 0
-    positive_score: float = 0.0
-    negative_score: float = 0.0
+_BY_NAME = Source(path="", name="rows")  # roles go by their own names
+_MINED = {
+    "negative": List(Value("string")),
+    "negative_scores": List(Value("float32")),
+    "positive_score": Value("float32"),
+}
 
 
 def mine_hard_negatives(
-    source: Source,
+    dataset: Dataset,
     miner: SentenceTransformer,
-    out: str | Path,
     *,
-    selection: Selection,
-    split: str = "train",
-    sampling_seed: int = DEFAULT_SEED,
+    selection: Selection | None = None,
     corpus: Iterable[str] = (),
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     use_instructions: bool = False,
     batch_size: int = 64,
     work_dir: str | Path | None = None,
-) -> MiningReport:
-    """Give every row of a dataset hard negatives and write the rows to `out`.
+) -> Dataset:
+    """Give every row of a dataset hard negatives.
 
     Candidates are the distinct positives and negatives of all rows, and the texts of `corpus`. A row never gets a
     positive of any row with the same query, nor the query itself; texts are compared without case and spacing.
 
-    Call it in one process or in several (`accelerate launch`); several share the work and need a common file system.
+    Call it in one process or in several (`accelerate launch`), which share the work.
 
     Args:
-        source: the dataset, see `mixture_config.read_mixture`.
+        dataset: columns `query` and `positive` (a text or a list of texts), optionally `instruction`, `negative` (a
+            text, a list of texts or None) and others that hf-e5 writes.
         miner: any SentenceTransformer.
-        out: a `.jsonl` or `.parquet` file with `instruction`, `query`, `positive` (a list where a row has several),
-            `negative`, `negative_scores` (null for negatives that the row had) and `task_type`.
-        selection: which of the ranked documents to take.
-        split: of the dataset, where it does not name one.
-        sampling_seed: of the mixture, for a source with `ratio` or `max_rows`.
+        selection: which of the ranked documents to take; by default the paper's, a random one of the first 100.
         corpus: further documents.
         query_prompt, document_prompt: prefix of the texts. By default the miner's own `query` and `document` prompts.
         use_instructions: give each query its row's instruction as prefix (`Instruct: ...`), for instruction models.
         batch_size: of the encoder.
-        work_dir: keeps embeddings and rankings. By default beside `out`, and removed at the end.
+        work_dir: keeps embeddings and rankings, so that a broken call goes on where it was; processes on several
+            machines need one that all of them see. By default a temporary folder.
+
+    Returns:
+        The rows in their order and with their columns, and with `negative` (list of texts), `negative_scores` (cosine
+        similarities; None for negatives that the row had) and `positive_score` (of the row's worst positive).
 
     Raises:
-        InputError: wrong `out`, a row without query or positive, or a `work_dir` of other data or another miner.
+        InputError: an unknown column, a row without query or positive, or a `work_dir` of other data or another miner.
     """
-    out = Path(out)
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise InputError(f"{out}: name a .jsonl or .parquet file to write")
-    work = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".work")
-    dataset, rows = open_source(source, split=split, seed=sampling_seed)
-    work.mkdir(parents=True, exist_ok=True)
+    selection = selection or Selection()
     state = PartialState(cpu=miner.device.type == "cpu")
-    settings = {
-        "miner": miner.encode("probe")[:8].round(2).tolist(),  # a local folder has no name to tell models apart
-        "query_prompt": query_prompt,
-        "document_prompt": document_prompt,
-        "use_instructions": use_instructions,
-        "max_length": miner.max_seq_length,
-    }
-    problem: list[InputError | None] = [None]
-    if state.is_main_process:
-        try:
-            _prepare(dataset, rows, source, corpus, use_instructions, work, settings)
-        except InputError as error:
-            problem[0] = error
-    if state.num_processes > 1:  # every process must leave, or the others would wait forever
-        torch.distributed.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise problem[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(broadcast_object_list([work_dir or temporary])[0])
+        work.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "miner": miner.encode("probe")[:8].round(2).tolist(),  # a local folder has no name to tell models apart
+            "query_prompt": query_prompt,
+            "document_prompt": document_prompt,
+            "use_instructions": use_instructions,
+            "max_length": miner.max_seq_length,
+        }
+        outcome: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                outcome = [settings | _number_texts(dataset, corpus, use_instructions, work)]
+                _check_settings(work / "settings.json", outcome[0])
+            except InputError as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], InputError):  # every process must leave, or the others would wait forever
+            raise outcome[0]
 
-    _encode(miner, work, "query", "" if use_instructions else query_prompt, batch_size, state)
-    _encode(miner, work, "document", document_prompt, batch_size, state)
-    state.wait_for_everyone()
-    _search(work, selection.range_max, miner.device, state)
-    state.wait_for_everyone()
-    report = MiningReport()
-    if state.is_main_process:
-        report = _write(dataset, rows, source, work, out, selection)
-        if work_dir is None:
-            shutil.rmtree(work)
-    state.wait_for_everyone()
-    return report
+        _encode(miner, work, "query", "" if use_instructions else query_prompt, batch_size, state)
+        _encode(miner, work, "document", document_prompt, batch_size, state)
+        state.wait_for_everyone()
+        _search(work, selection.range_max, miner.device, state)
+        state.wait_for_everyone()
+        with state.main_process_first():  # the others read what it cached
+            mined = _choose(dataset, work, selection, outcome[0])
+        state.wait_for_everyone()  # before the folder goes
+    return mined
 
 
-def _prepare(
-    dataset: Dataset,
-    rows: np.ndarray,
-    source: Source,
-    corpus: Iterable[str],
-    use_instructions: bool,
-    work: Path,
-    settings: dict[str, Any],
-) -> None:
-    """Number queries and documents, and write down what belongs to which row.
+def _number_texts(dataset: Dataset, corpus: Iterable[str], use_instructions: bool, work: Path) -> dict[str, str]:
+    """Number the distinct queries and documents, and write down what belongs to which row.
 
-    `rows.npz` holds: `query_of_row` [R]; `positives` and `negatives` (document numbers) of row i from
-    `positive_starts[i]` to `positive_starts[i + 1]`; and the pairs that no search may return, sorted by query:
-    `excluded_queries`, `excluded_documents` [E].
+    `rows.npz` holds: `queries` [R]; `documents` of row i, the positives first, from `starts[i]` to `starts[i + 1]`;
+    `num_positives` [R]; and `excluded_queries`, `excluded_documents` [E], see `_excluded_pairs`.
+
+    Returns:
+        A digest of the queries and one of the documents.
     """
-    queries, documents = TextWriter(work / "query.arrow"), TextWriter(work / "document.arrow")
-    query_of_row, group_of_query = array("q"), array("q")  # a group: the same query, whatever its instruction
-    positives, negatives, positive_starts, negative_starts = array("q"), array("q"), array("q", [0]), array("q", [0])
-    groups: dict[int, int] = {}
-    pairs_group, pairs_document = array("q"), array("q")
-    for number, row in _read(dataset, rows, source, "Reading"):
-        if problem := row.error():
-            raise InputError(f"dataset {source.name!r}, row {number}, field {problem[0]!r}: {problem[1]}")
-        text = format_query(row.query, row_instruction(source, row, number)) if use_instructions else row.query
-        query = queries.add(text, text)
-        query_of_row.append(query)
-        group = groups.setdefault(normalize(row.query), len(groups))
-        if query == len(group_of_query):
-            group_of_query.append(group)
-        positives.extend([documents.add(normalize(text), text) for text in row.positives])
-        negatives.extend([documents.add(normalize(text), text) for text in row.negatives])
-        positive_starts.append(len(positives))
-        negative_starts.append(len(negatives))
-        new = positives[positive_starts[-2] :]
-        pairs_group.extend([group] * len(new))
-        pairs_document.extend(new)
-    for text in corpus:
-        documents.add(normalize(text), text)
-    for key, group in groups.items():  # a query is no negative of itself
-        if key in documents.numbers:
-            pairs_group.append(group)
-            pairs_document.append(documents.numbers[key])
-    settings |= {"queries": queries.close(), "documents": documents.close()}
+    query_of_row, own, starts, num_positives = array("q"), array("q"), array("q", [0]), array("q")
+    groups: dict[int, int] = {}  # a group: the same query, whatever its instruction
+    group_of_query = array("q")
+    with TextWriter.open(work / "query.arrow") as queries, TextWriter.open(work / "document.arrow") as documents:
+        for row in _checked_rows(dataset):
+            text = format_query(row.query, row.instruction) if use_instructions else row.query
+            query_of_row.append(queries.add(text, text))
+            group = groups.setdefault(text_key(row.query), len(groups))
+            if len(queries.numbers) > len(group_of_query):
+                group_of_query.append(group)
+            own.extend([documents.add(text_key(text), text) for text in (*row.positives, *row.negatives)])
+            starts.append(len(own))
+            num_positives.append(len(row.positives))
+        for text in corpus:
+            documents.add(text_key(text), text)
+    rows = np.repeat(np.arange(len(query_of_row)), np.diff(starts))
+    is_positive = np.arange(len(own)) - np.array(starts)[rows] < np.array(num_positives)[rows]
+    groups_of_own = np.array(group_of_query)[query_of_row][rows]
+    itself = [(group, documents.numbers[key]) for key, group in groups.items() if key in documents.numbers]
+    known = np.concatenate([np.stack([groups_of_own, own], axis=1)[is_positive], np.array(itself, int).reshape(-1, 2)])
+    excluded_queries, excluded_documents = _excluded_pairs(np.array(group_of_query), known)
+    np.savez(
+        work / "rows.npz",
+        queries=np.array(query_of_row),
+        documents=np.array(own),
+        starts=np.array(starts),
+        num_positives=np.array(num_positives),
+        excluded_queries=excluded_queries,
+        excluded_documents=excluded_documents,
+    )
+    return {"queries": queries.digest(), "documents": documents.digest()}
 
-    pairs = np.unique(np.stack([np.array(pairs_group), np.array(pairs_document)]), axis=1)
-    group_of = np.array(group_of_query)
-    starts, ends = np.searchsorted(pairs[0], group_of, "left"), np.searchsorted(pairs[0], group_of, "right")
-    arrays: dict[str, Any] = {
-        "query_of_row": np.array(query_of_row),
-        "positives": np.array(positives),
-        "positive_starts": np.array(positive_starts),
-        "negatives": np.array(negatives, dtype=np.int64),
-        "negative_starts": np.array(negative_starts),
-        "excluded_queries": np.repeat(np.arange(len(group_of)), ends - starts),
-        "excluded_documents": np.concatenate([pairs[1, s:e] for s, e in zip(starts, ends, strict=True)]),
-    }
-    settings_file = work / "settings.json"
-    if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
+
+def _checked_rows(dataset: Dataset) -> Iterator[Row]:
+    for start in tqdm(range(0, len(dataset), 1000), desc="Reading", unit=" x 1000 rows"):
+        for number, row in enumerate(read_rows(dataset[start : start + 1000], _BY_NAME), start):
+            if error := row.error():
+                raise InputError(f"row {number}, field {error.role!r}: {error.message}")
+            yield row
+
+
+def _excluded_pairs(group_of_query: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From pairs [K, 2] of group and document to all pairs of query and document that no search may return.
+
+    Returns:
+        Query numbers, in rising order, and document numbers, int64 [E] each.
+    """
+    groups, documents = np.unique(known, axis=0).T
+    starts, ends = np.searchsorted(groups, group_of_query, "left"), np.searchsorted(groups, group_of_query, "right")
+    queries = np.repeat(np.arange(len(group_of_query)), ends - starts)
+    return queries, np.concatenate([documents[start:end] for start, end in zip(starts, ends, strict=True)])
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write down what the files beside `path` depend on, or refuse files that depend on something else."""
+    if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(
-            f"{work} holds the work of other data, another miner or other prompts: remove it or name another"
+            f"{path.parent} holds the work of other data, another miner or other prompts: remove it or name another"
         )
-    np.savez(work / "rows.npz", **arrays)
-    settings_file.write_text(json.dumps(settings))
+    path.write_text(json.dumps(settings))
 
 
 def _encode(
@@ -224,7 +221,7 @@ def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -
     """Rank the documents for this process's share of the blocks of queries that are not ranked yet."""
     query_files = sorted((work / "query_vectors").glob("*.npy"))
     document_files = sorted((work / "document_vectors").glob("*.npy"))
-    folder = _ranking_folder(work, top_k)
+    folder = work / f"ranking_{top_k}"
     folder.mkdir(exist_ok=True)
     with np.load(work / "rows.npz") as saved:
         excluded_queries, excluded_documents = saved["excluded_queries"], saved["excluded_documents"]
@@ -248,90 +245,40 @@ def _search(work: Path, top_k: int, device: torch.device, state: PartialState) -
             np.savez(file, **arrays)
 
 
-def _write(
-    dataset: Dataset, rows: np.ndarray, source: Source, work: Path, out: Path, selection: Selection
-) -> MiningReport:
-    """Choose the negatives of every row and write the rows to `out`, whole or not at all."""
+def _choose(dataset: Dataset, work: Path, selection: Selection, settings: dict[str, Any]) -> Dataset:
+    """Add the chosen negatives and the scores to every row."""
     arrays = dict(np.load(work / "rows.npz"))
     documents = TextReader(work / "document.arrow")
-    several = bool((np.diff(arrays["positive_starts"]) > 1).any())
 
     @lru_cache(maxsize=8)
     def ranking(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        with np.load(_ranking_folder(work, selection.range_max) / f"{block:06d}.npz") as file:
-            first_pair = int(np.searchsorted(arrays["excluded_queries"], block * BLOCK))
+        first_pair = int(np.searchsorted(arrays["excluded_queries"], block * BLOCK))
+        with np.load(work / f"ranking_{selection.range_max}" / f"{block:06d}.npz") as file:
             return file["scores"], file["ids"], file["excluded_scores"], first_pair
 
-    report, positive_scores, negative_scores = MiningReport(), [], []
-
-    def mined() -> Iterable[dict[str, Any]]:
-        for i, (number, row) in enumerate(_read(dataset, rows, source, "Writing")):
-            query = int(arrays["query_of_row"][i])
-            scores, ids, excluded_scores, first_pair = ranking(query // BLOCK)
+    def add_negatives(batch: Mapping[str, list], positions: list[int]) -> dict[str, list]:
+        columns: dict[str, list] = {name: [] for name in _MINED}
+        for i, row in zip(positions, read_rows(batch, _BY_NAME), strict=True):
+            query = int(arrays["queries"][i])
+            all_scores, all_ids, excluded_scores, first_pair = ranking(query // BLOCK)
+            scores, ids = all_scores[query % BLOCK], all_ids[query % BLOCK]
+            own = arrays["documents"][arrays["starts"][i] : arrays["starts"][i + 1]]
+            positives, negatives = np.split(own, [arrays["num_positives"][i]])
             low, high = np.searchsorted(arrays["excluded_queries"], [query, query + 1])
-            own = slice(arrays["positive_starts"][i], arrays["positive_starts"][i + 1])
-            is_own = np.isin(arrays["excluded_documents"][low:high], arrays["positives"][own])
-            positive_score = float(excluded_scores[low - first_pair : high - first_pair][is_own].min())
-            negatives = [] if selection.replace else list(row.negatives)
-            taken = arrays["negatives"][arrays["negative_starts"][i] : arrays["negative_starts"][i + 1]]
-            chosen = selection.choose(
-                scores[query % BLOCK], ids[query % BLOCK], positive_score, set(taken.tolist()), len(negatives), number
-            )
-            new_scores = [float(scores[query % BLOCK, position]) for position in chosen]
-            report.rows += 1
-            report.mined += len(chosen)
-            report.short += len(negatives) + len(chosen) < selection.num_negatives
-            positive_scores.append(positive_score)
-            negative_scores.extend(new_scores)
-            yield {
-                "instruction": row_instruction(source, row, number),
-                "query": row.query,
-                "positive": row.positives if several else row.positives[0],
-                "negative": negatives + [documents.text(int(ids[query % BLOCK, position])) for position in chosen],
-                "negative_scores": [None] * len(negatives) + new_scores,
-                "task_type": row.task_type,
-            }
+            is_positive = np.isin(arrays["excluded_documents"][low:high], positives)
+            positive_score = float(excluded_scores[low - first_pair : high - first_pair][is_positive].min())
+            kept = [] if selection.replace else row.negatives
+            chosen = selection.choose(scores, ids, positive_score, set(negatives.tolist()), len(kept), i)
+            columns["negative"].append(kept + [documents.text(int(ids[position])) for position in chosen])
+            columns["negative_scores"].append([None] * len(kept) + scores[chosen].tolist())
+            columns["positive_score"].append(positive_score)
+        return columns
 
-    with whole_file(out) as file:
-        _write_rows(file, mined(), out.suffix, several)
-    report.positive_score = float(np.mean(positive_scores))
-    report.negative_score = float(np.mean(negative_scores)) if negative_scores else float("nan")
-    return report
-
-
-def _write_rows(file: Any, rows: Iterable[dict[str, Any]], suffix: str, several: bool) -> None:
-    if suffix == ".jsonl":
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        return
-    text, texts = pa.string(), pa.list_(pa.string())
-    schema = pa.schema(
-        {
-            "instruction": text,
-            "query": text,
-            "positive": texts if several else text,
-            "negative": texts,
-            "negative_scores": pa.list_(pa.float32()),
-            "task_type": text,
-        }
+    return dataset.map(
+        add_negatives,
+        batched=True,
+        with_indices=True,
+        features=Features({**dataset.features, **_MINED}),
+        new_fingerprint=Hasher.hash((dataset._fingerprint, settings, selection)),  # `work` cannot be hashed
+        desc="Choosing negatives",
     )
-    with pq.ParquetWriter(file, schema) as writer:
-        iterator = iter(rows)
-        while chunk := list(islice(iterator, 10_000)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema))
-
-
-def _read(dataset: Dataset, rows: np.ndarray, source: Source, doing: str) -> Iterator[tuple[int, Row]]:
-    """Row numbers and rows, with a progress bar; rows without text are skipped where the source says so."""
-    with tqdm(total=len(dataset), desc=doing, unit=" rows") as progress:
-        for start in range(0, len(dataset), 1000):
-            numbers = rows[start : start + 1000].tolist()
-            for number, row in zip(numbers, read_rows(dataset[start : start + 1000], source), strict=True):
-                problem = row.error()
-                if not (problem and problem[1] == "no text" and source.drop_empty):
-                    yield number, row
-            progress.update(len(numbers))
-
-
-def _ranking_folder(work: Path, top_k: int) -> Path:
-    return work / f"ranking_{top_k}"

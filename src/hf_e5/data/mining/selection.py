@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -12,28 +13,23 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the ranked documents become negatives. Scores are cosine similarities.
+    """Which of the ranked documents become negatives. Scores are cosine similarities; ranks do not count positives."""
 
-    Args:
-        num_negatives: negatives that every row should end up with, its own included.
-        range_min, range_max: ranks to choose from, counted without the positives, first included.
-        absolute_margin: a negative must score at least this much below the row's worst positive.
-        relative_margin: the same as a share of the positive's score; 0.05 is NV-Retriever's "95 % of the positive".
-        max_score: a negative must not score higher.
-        sampling: `random` draws from the range (by seed and row), `top` takes the best.
-        replace: drop the negatives that rows already have instead of filling up.
-        seed: of the draw.
-    """
-
-    num_negatives: int = 1
-    range_min: int = 0
-    range_max: int = 100
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
-    max_score: float | None = None
-    sampling: str = "random"
-    replace: bool = False
-    seed: int = 42
+    num_negatives: int = field(default=1, metadata={"help": "negatives of a row in the end, its own included"})
+    range_min: int = field(default=0, metadata={"help": "ranks to skip"})
+    range_max: int = field(default=100, metadata={"help": "last rank to choose from"})
+    absolute_margin: float | None = field(
+        default=None, metadata={"help": "negatives score at least this much below the row's worst positive"}
+    )
+    relative_margin: float | None = field(
+        default=None, metadata={"help": "the same as a share: 0.05 is NV-Retriever's 95 % of the positive's score"}
+    )
+    max_score: float | None = field(default=None, metadata={"help": "negatives score at most this"})
+    sampling: Literal["random", "top"] = field(
+        default="random", metadata={"help": "draw from the ranks by seed and row, or take the best"}
+    )
+    replace: bool = field(default=False, metadata={"help": "drop the negatives that rows already have"})
+    seed: int = field(default=42, metadata={"help": "of the draw"})
 
     def __post_init__(self) -> None:
         if self.num_negatives < 1:

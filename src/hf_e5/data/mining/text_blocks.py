@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from ...files import whole_file
 
 
 BLOCK = 8192
 _SCHEMA = pa.schema([("text", pa.large_string())])
 
 
-def normalize(text: str) -> int:
-    """Hash a text so that case and spacing do not count (63 bits, equal in every process)."""
-    folded = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little") >> 1
-
-
 class TextWriter:
     """Numbers distinct texts in order of appearance and writes them to an Arrow file, one record batch per block."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, writer: pa.RecordBatchFileWriter) -> None:
         self.numbers: dict[Any, int] = {}
-        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
-        self._writer = pa.ipc.new_file(str(self._temporary), _SCHEMA)
+        self._writer = writer
         self._buffer: list[str] = []
         self._digest = hashlib.blake2b(digest_size=16)
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[TextWriter]:
+        """Yield a writer of a file that appears when the block ends without an error."""
+        with whole_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            texts = cls(writer)
+            yield texts
+            texts._flush()
 
     def add(self, key: Any, text: str) -> int:
         """Return the number of the text known as `key`; a new key is written down."""
@@ -36,22 +41,19 @@ class TextWriter:
         if number is None:
             number = self.numbers[key] = len(self.numbers)
             self._buffer.append(text)
-            self._digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            self._digest.update(text.encode() + b"\0")
             if len(self._buffer) == BLOCK:
                 self._flush()
         return number
 
-    def close(self) -> str:
-        """Finish the file; returns a digest of all texts in their order."""
-        if self._buffer:
-            self._flush()
-        self._writer.close()
-        os.replace(self._temporary, self._path)  # never under the feet of a process that has the old file mapped
+    def digest(self) -> str:
+        """Return a digest of all texts in their order."""
         return self._digest.hexdigest()
 
     def _flush(self) -> None:
-        self._writer.write_batch(pa.record_batch([pa.array(self._buffer, pa.large_string())], schema=_SCHEMA))
-        self._buffer = []
+        if self._buffer:
+            self._writer.write_batch(pa.record_batch([pa.array(self._buffer, pa.large_string())], schema=_SCHEMA))
+            self._buffer = []
 
 
 class TextReader:

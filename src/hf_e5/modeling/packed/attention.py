@@ -1,11 +1,12 @@
 """Causal attention over a pack (`layout.py`): memory linear in the tokens, no mask tensor, no work across texts.
 
 On CUDA in half precision it is torch's variable-length flash attention. Elsewhere it is plain matrix products over
-groups of like length, which torch's own CPU kernel does not come near in the backward pass.
+groups of like length, whose backward pass is much faster than that of torch's own CPU kernel.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -66,6 +67,9 @@ def _interface(
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 takes fewer key-value heads without being told; later versions want to be told.
+    has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    flags: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_flag else {}
     layout = pack.flash_layout
     if layout.key_rows is not None:
         key, value = key.index_select(0, layout.key_rows), value.index_select(0, layout.key_rows)
@@ -79,7 +83,7 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
         layout.longest_key,
         scale=scale,
         window_size=(-1, 0),  # causal, aligned at the last token of query and key
-        enable_gqa=query.shape[1] != key.shape[1],
+        **flags,
     )
     assert isinstance(attended, Tensor)
     return attended

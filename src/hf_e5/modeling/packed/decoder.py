@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..backbone import is_checkpointing
 from ..pooling import pool
 from .attention import NAME, packed_attention, register
 from .fused_lora import Projection, has_hooks, linear_residual, norm_linear, swiglu_linear_residual
@@ -107,9 +106,10 @@ def _fused_layers(decoder: Any) -> list[dict[str, Projection]] | None:
 def _fused_forward(decoder: Any, layers: list[dict[str, Projection]], pack: Pack) -> Tensor:
     hidden = decoder.embed_tokens(pack.input_ids)
     cos, sin = (table[0] for table in decoder.rotary_emb(hidden[None], pack.position_ids[None]))
-    checkpointing = torch.is_grad_enabled() and decoder.training and is_checkpointing(decoder)
+    keeps_graph = torch.is_grad_enabled() and decoder.training
     for layer, projections in zip(decoder.layers, layers, strict=True):
         arguments = (layer, projections, hidden, cos, sin, pack)
+        checkpointing = keeps_graph and layer.gradient_checkpointing
         hidden = checkpoint(_layer, *arguments, use_reentrant=False) if checkpointing else _layer(*arguments)
     return decoder.norm(hidden)
 

@@ -1,8 +1,8 @@
 """Linear layers with a frozen weight and a LoRA adapter, several on one input at a time.
 
-The parameters are those of peft's modules, so checkpoints, optimizers and merging know nothing of this. What differs
-is the work: no weight gradients or saved inputs that only they need, no casts of activations to the adapter's fp32;
-and inputs that two layers share are kept once, or not at all where recomputing them is a single elementwise pass.
+The parameters are those of peft's modules, so checkpoints, optimizers and merging work as ever. There are no
+gradients of frozen weights, no inputs kept for them and no casts of activations to the adapter's fp32. Inputs that
+several layers share are kept once, or not at all where recomputing them is a single elementwise pass.
 """
 
 from __future__ import annotations

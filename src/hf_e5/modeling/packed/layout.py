@@ -7,7 +7,7 @@ ahead of what follows them in each text (exact for causal attention, where a pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -23,7 +23,7 @@ FILLER_SHARE = 1 / 16
 LENGTH_STEP = 32
 # Queries of a text per block of attention: keys after a block's last query are never multiplied.
 BLOCK = 128
-# Pairs of query and key, per head, that a group has at a time: larger groups leave a core's cache.
+# Pairs of query and key, per head, in a group: larger groups exceed a core's cache.
 MAX_PAIRS = BLOCK * 1024
 # An instruction is shared if that saves at least so many tokens; below, another group costs more than it saves.
 MIN_SHARED_TOKENS = 32
@@ -118,14 +118,6 @@ def make_packs(
     return [_pack(ids, prefixes, chosen, max_tokens, device) for chosen in _cut(ids, prefixes, order, max_tokens)]
 
 
-def padding_share(packs: Iterable[Pack]) -> float:
-    """Share of attention's positions that are padding; linear layers have the packs' filler only."""
-    groups = [group for pack in packs for group in pack.groups]
-    return 1 - sum(group.stop - group.start for group in groups) / sum(
-        group.num_texts * group.length for group in groups
-    )
-
-
 def _shared_prefixes(texts: Sequence[Tensor], prefix_lengths: list[int]) -> list[tuple[int, ...]]:
     """The prefix of each text if it is worth sharing, else ()."""
     prefixes = [tuple(text[:length].tolist()) for text, length in zip(texts, prefix_lengths, strict=True)]
@@ -160,39 +152,35 @@ def _pack(
     max_tokens: int,
     device: torch.device,
 ) -> Pack:
-    input_ids: list[Tensor] = []
-    position_ids: list[Tensor] = []
-    segments: list[Segment] = []
+    """Lay the `chosen` texts flat, each shared prefix once, ahead of the texts that begin with it.
+
+    Texts "abX", "abYZ" and "Q", of which the first two share the prefix "ab":
+        rows 0-5: a b | X | Y Z | Q, positions 0 1 | 2 | 2 3 | 0, last rows 2, 4 and 5;
+        segments of 2, 1, 2 and 1 rows, of which the second and third attend to rows 0-2 as well.
+    """
+    pieces: list[tuple[Tensor, tuple[int, int]]] = []  # tokens of a segment, rows of its prefix
     last_rows: list[int] = []
     num_tokens = 0
     shared: tuple[int, ...] = ()
     rows = (0, 0)
-
-    def append(own: Tensor) -> None:
-        nonlocal num_tokens
-        input_ids.append(own)
-        position_ids.append(torch.arange(len(own)) + (rows[1] - rows[0]))
-        segments.append(Segment(len(own), rows))
-        num_tokens += len(own)
-
     for text in chosen:
         prefix = prefixes[text]
         if prefix != shared:
-            shared, rows = prefix, (0, 0)
+            shared, rows = prefix, (num_tokens, num_tokens + len(prefix)) if prefix else (0, 0)
             if prefix:
-                append(texts[text][: len(prefix)])
-                rows = (num_tokens - len(prefix), num_tokens)
-        append(texts[text][len(prefix) :])
+                pieces.append((texts[text][: len(prefix)], (0, 0)))
+                num_tokens += len(prefix)
+        pieces.append((texts[text][len(prefix) :], rows))
+        num_tokens += len(texts[text]) - len(prefix)
         last_rows.append(num_tokens - 1)
-    rows = (0, 0)
     size = _round_up(num_tokens, 2 ** max(int(FILLER_SHARE * num_tokens).bit_length() - 1, 0))
     num_filler = min(size, max(max_tokens, num_tokens)) - num_tokens
     if num_filler:
-        append(torch.zeros(num_filler, dtype=torch.int64))
+        pieces.append((torch.zeros(num_filler, dtype=torch.int64), (0, 0)))
     return Pack(
-        torch.cat(input_ids).to(device),
-        torch.cat(position_ids).to(device),
-        tuple(segments),
+        torch.cat([tokens for tokens, _ in pieces]).to(device),
+        torch.cat([torch.arange(len(tokens)) + (stop - start) for tokens, (start, stop) in pieces]).to(device),
+        tuple(Segment(len(tokens), prefix) for tokens, prefix in pieces),
         torch.tensor(chosen, device=device),
         torch.tensor(last_rows, device=device),
     )

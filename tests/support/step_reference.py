@@ -1,22 +1,20 @@
 """What the tests of the step share: rows that hit every corner, and plain autograd to compare with."""
 
 import random
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft import LoraConfig
 
 from hf_e5.modeling.encoder import E5Model
 from hf_e5.training.gradcache import ContrastiveStep
+from hf_e5.training.objective import ContrastiveObjective
+from support import lora_config
 
 
 def make_model(checkpoint, *, use_peft=True, dropout=0.0, dtype=torch.float32):
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="FEATURE_EXTRACTION"
-    )
+    config = lora_config(lora_dropout=dropout)
     model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=config if use_peft else None)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -48,22 +46,20 @@ def make_rows(count, *, seed=0, longest=60, instructions=3):
     return rows
 
 
-def arguments(**changes):
-    defaults = {
-        "temperature": 0.05,
-        "mini_batch_num_tokens": 150,
-        "keep_graph_num_tokens": 0,
-        "gather_across_devices": True,
-        "mask_duplicates": True,
-        "false_negative_margin": None,
-        "matryoshka_dims": None,
-    }
-    return SimpleNamespace(**{**defaults, **changes})
+def make_step(model, accelerator=None, *, keep_graph_num_tokens=0, **changes):
+    options = {"temperature": 0.05, "gather_across_devices": True, "mask_duplicates": True, **changes}
+    return ContrastiveStep(
+        model,
+        ContrastiveObjective(**options),
+        accelerator or Accelerator(cpu=True),
+        mini_batch_num_tokens=150,
+        keep_graph_num_tokens=keep_graph_num_tokens,
+    )
 
 
 def run_step(model, batch, **changes):
     model.zero_grad()
-    output = ContrastiveStep(model, arguments(**changes), Accelerator(cpu=True))(batch)
+    output = make_step(model, **changes)(batch)
     return output, {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
 
 

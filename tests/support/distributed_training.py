@@ -7,14 +7,13 @@ trained weights of the run (`trained.safetensors`) and of one resumed after its 
 import os
 import sys
 
-import fsdp_on_cpu
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from hf_e5 import E5Model, E5Trainer, E5TrainingArguments
+from support import fsdp_on_cpu, lora_config
 
 
 def train(checkpoint, rows, output_dir, kind, dtype, **options):
@@ -35,8 +34,7 @@ def train(checkpoint, rows, output_dir, kind, dtype, **options):
         disable_tqdm=True,
     )
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=lora if kind == "lora" else None)
+    model = E5Model.from_pretrained(checkpoint, dtype=dtype, peft_config=lora_config() if kind == "lora" else None)
     trainer = E5Trainer(model, args, train_dataset=rows, eval_dataset=rows.select(range(20)))
     trainer.train(**options)
     return trainer

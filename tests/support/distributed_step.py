@@ -12,19 +12,18 @@ import json
 import sys
 from pathlib import Path
 
-import fsdp_on_cpu
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.utils import safe_get_full_fp32_param
-from step_reference import arguments, flat_error, make_model, make_rows, reference, relative_error
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_e5.data.collator import E5DataCollator
-from hf_e5.training.gradcache import ContrastiveStep
+from support import fsdp_on_cpu
+from support.step_reference import flat_error, make_model, make_rows, make_step, reference, relative_error
 
 
 # A step of plain gradient descent this large turns weights into gradients: (before - after) / LEARNING_RATE.
@@ -101,7 +100,7 @@ def measure(checkpoint: Path, wrapper: str, precision: str, use_peft: bool, opti
     accelerator, prepared, optimizer = prepare(model, wrapper, precision)
     mine = rows[:9] if torch.distributed.get_rank() == 0 else rows[9:]
     before = full_parameters(model)
-    ContrastiveStep(prepared, arguments(**options), accelerator)(E5DataCollator()(mine))
+    make_step(prepared, accelerator, **options)(E5DataCollator()(mine))
     if wrapper == "ddp":
         grads = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     else:
