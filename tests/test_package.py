@@ -1,5 +1,7 @@
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,13 @@ def test_import_loads_nothing_heavy():
 def test_every_public_name_resolves():
     for name in hf_e5.__all__:
         assert getattr(hf_e5, name).__name__ == name
+
+
+def test_type_checkers_see_the_public_names():
+    source = ast.parse(Path(hf_e5.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in source.body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == hf_e5._MODULES
 
 
 @pytest.mark.parametrize("command", COMMANDS)

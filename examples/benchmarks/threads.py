@@ -52,10 +52,9 @@ def time_steps(rows: int, steps: int) -> float:
     from datasets import Dataset
     from step_common import SAMPLE, default_model, load_model, read_rows
 
-    from hf_e5 import E5DataCollator
+    from hf_e5 import E5DataCollator, E5TrainingArguments
     from hf_e5.data.tokenization import tokenize_dataset
     from hf_e5.training.gradcache import ContrastiveStep
-    from hf_e5.training.objective import ContrastiveObjective
 
     model = load_model(default_model())
     dataset = Dataset.from_list(read_rows(SAMPLE, rows))
@@ -63,7 +62,7 @@ def time_steps(rows: int, steps: int) -> float:
     batch = E5DataCollator()(list(tokenized))
     step = ContrastiveStep(
         model,
-        ContrastiveObjective(),
+        E5TrainingArguments(use_cpu=True).objective(),
         Accelerator(mixed_precision="bf16"),
         mini_batch_num_tokens=4096,
         keep_graph_num_tokens="auto",

@@ -3,15 +3,32 @@
 The public names below are imported on first use, so that `import hf_e5` is instant and needs no extra.
 """
 
-import ast
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0.dev0"
 
-# For type checkers, editors and `_MODULES`; `as` marks what they may hand on.
+# Public name: module.
+_MODULES = {
+    "E5DataCollator": "data.collator",
+    "E5Model": "modeling.encoder",
+    "E5Trainer": "training.trainer",
+    "E5TrainingArguments": "training.arguments",
+    "SyntheticTriplets": "data.build",
+    "build_dataset": "data.build",
+    "export_sentence_transformer": "export.sentence_transformer",
+    "filter_records": "filters.run",
+    "info_nce": "training.losses",
+    "load_mixture": "data.mixture",
+    "mine_hard_negatives": "data.mining.mine",
+    "push_to_hub": "hub",
+    "synthesize": "synthesis.pipeline",
+    "verify_export": "export.verify",
+}
+__all__ = list(_MODULES)
+
+# The same for type checkers, editors and the documentation, which do not run the code below.
 if TYPE_CHECKING:
     from .data.build import SyntheticTriplets as SyntheticTriplets
     from .data.build import build_dataset as build_dataset
@@ -29,20 +46,10 @@ if TYPE_CHECKING:
     from .training.trainer import E5Trainer as E5Trainer
 
 
-# Public name -> module, read off the imports above, which Python itself never runs.
-_MODULES = {
-    alias.name: f"{__name__}.{node.module}"
-    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
-    if isinstance(node, ast.ImportFrom) and node.level == 1
-    for alias in node.names
-}
-__all__ = list(_MODULES)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -26,8 +26,8 @@ from ...errors import InputError
 <<<<<<< HEAD
 from ...files import whole_file
 =======
-from ...records import read_rows
->>>>>>> w-int
+from ...files import whole_file
+>>>>>>> r-synth
 from ..client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from ..plan import Request
 from ..run import SynthesisRun
