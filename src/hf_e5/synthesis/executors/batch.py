@@ -23,11 +23,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from ...errors import InputError
-<<<<<<< HEAD
 from ...files import whole_file
-=======
-from ...files import whole_file
->>>>>>> r-synth
 from ..client import MAX_TRIES, Answer, ChatClient, Unavailable, read_completion
 from ..plan import Request
 from ..run import SynthesisRun
