@@ -1,12 +1,18 @@
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from hf_e5 import E5TrainingArguments
 from hf_e5.config import add_fields, parse_config
 from hf_e5.errors import InputError
+from hf_e5.training.arguments import DataArguments, ModelArguments
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "configs"
 
 
 @dataclass
@@ -84,12 +90,7 @@ def test_fields_become_flags_with_types_choices_and_defaults():
 @pytest.mark.parametrize("name", ["mistral_7b_synthetic", "mistral_7b_synthetic_msmarco", "mistral_7b_full"])
 def test_mistral_recipes_are_the_papers(name):
     """Hyper-parameters of section 4.2, appendix A and the released adapter's configuration."""
-    from pathlib import Path
-
-    import yaml
-
-    path = Path(__file__).parent.parent / "recipes" / "configs" / f"{name}.yaml"
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     paper = {
         "model_name_or_path": "mistralai/Mistral-7B-v0.1",
         "use_peft": True,
@@ -113,11 +114,7 @@ def test_mistral_recipes_are_the_papers(name):
 
 
 def test_every_recipe_parses():
-    from pathlib import Path
-
-    from hf_e5.training.arguments import DataArguments, ModelArguments
-
-    recipes = sorted((Path(__file__).parent.parent / "recipes" / "configs").glob("*.yaml"))
+    recipes = sorted(RECIPES.glob("*.yaml"))
     assert len(recipes) >= 5
     for recipe in recipes:
         flags = ["--bf16", "false", "--use_cpu"] if recipe.name != "smollm2_135m_cpu.yaml" else []

@@ -109,7 +109,7 @@ def test_gradient_checkpointing_trains_every_lora_tensor(tiny_checkpoint):
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable()
-            assert model.is_activation_checkpointing
+            assert model.backbone.is_activation_checkpointing
         model.train()
         model.zero_grad()
         model(**batch)[:, 0].sum().backward()

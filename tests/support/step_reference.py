@@ -46,13 +46,13 @@ def make_rows(count, *, seed=0, longest=60, instructions=3):
     return rows
 
 
-def make_step(model, accelerator=None, *, keep_graph_num_tokens=0, **changes):
+def make_step(model, accelerator=None, *, mini_batch_num_tokens=150, keep_graph_num_tokens=0, **changes):
     options = {"temperature": 0.05, "gather_across_devices": True, "mask_duplicates": True, **changes}
     return ContrastiveStep(
         model,
         ContrastiveObjective(**options),
         accelerator or Accelerator(cpu=True),
-        mini_batch_num_tokens=150,
+        mini_batch_num_tokens=mini_batch_num_tokens,
         keep_graph_num_tokens=keep_graph_num_tokens,
     )
 

@@ -9,7 +9,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +118,10 @@ def open_source(
         The sampled rows, and their row numbers in the dataset (`int64`).
     """
     dataset = load_raw(source, source.split or split, cache_dir)
-    columns = _role_columns(source, dataset.column_names)
-    dataset = dataset.select_columns(sorted({root for role in columns for root in _roots(columns[role], dataset)}))
+    specs = [spec for role in _role_columns(source, dataset.column_names).values() for spec in role]
+    dataset = dataset.select_columns(
+        sorted({path[0] for spec in specs for path in _paths(spec, dataset.column_names)})
+    )
     keep = len(dataset)
     if source.ratio is not None:
         keep = max(1, round(source.ratio * keep))
@@ -276,7 +278,7 @@ def _role_columns(source: Source, names: list[str]) -> dict[str, list[str]]:
         if role not in columns:
             raise InputError(f"dataset {source.name!r}: no column {role!r} (it has {', '.join(names)})")
     for role, specs in columns.items():
-        for root in _roots(specs, names):
+        for root, *_ in (path for spec in specs for path in _paths(spec, names)):
             if root not in names:
                 raise InputError(
                     f"dataset {source.name!r}: no column {root!r} for {role!r}; it has {', '.join(names)}"
@@ -284,20 +286,16 @@ def _role_columns(source: Source, names: list[str]) -> dict[str, list[str]]:
     return columns
 
 
-def _roots(specs: list[str], names: Any) -> set[str]:
-    """The columns that must be read for `a.b + c`: `a` and `c`."""
-    names = getattr(names, "column_names", names)
-    return {p if p in names else p.split(".")[0] for spec in specs for p in (part.strip() for part in spec.split("+"))}
+def _paths(spec: str, names: Container[str]) -> list[list[str]]:
+    """Where `a.b + c` is: `[["a", "b"], ["c"]]`. A column's own name may have dots."""
+    return [[part] if part in names else part.split(".") for part in map(str.strip, spec.split("+"))]
 
 
 def _read_column(batch: Mapping[str, list], specs: list[str], size: int) -> list:
     """The value of a role in every row: of one column, or the list of the values of several."""
     values = []
     for spec in specs:
-        parts = []
-        for name in (part.strip() for part in spec.split("+")):
-            root, *path = [name] if name in batch else name.split(".")
-            parts.append([_descend(value, path) for value in batch[root]])
+        parts = [[_descend(value, path) for value in batch[root]] for root, *path in _paths(spec, batch)]
         values.append(parts[0] if len(parts) == 1 else [_join(row) for row in zip(*parts, strict=True)])
     return values[0] if len(values) == 1 else [list(row) for row in zip(*values, strict=True)]
 

@@ -53,17 +53,13 @@ def load_backbone(
     return model
 
 
-def load_adapter(base: PreTrainedModel, path: str, *, is_trainable: bool, **kwargs: Any) -> PeftModel:
-    """Put the adapter at `path` on `base`; an adapter whose keys do not fit is an error, not a warning."""
-    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **kwargs)
-    require_adapter_loaded(model, path)
-    return model
-
-
 def require_adapter_loaded(model: PeftModel, path: str | Path) -> None:
     """Check that the weights file at `path` and the adapter of `model` have the same tensors.
 
     peft only warns where names do not match, and the model then silently equals its base.
+
+    Raises:
+        InputError: They do not.
     """
     saved = load_peft_weights(str(path), device="cpu")
     current = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..instructions import format_query
-from .backbone import adapter_base, load_adapter, load_backbone, read_json, split_gguf
+from .backbone import adapter_base, load_backbone, read_json, require_adapter_loaded, split_gguf
 from .packed.decoder import pack_forward
 from .packed.layout import Pack
 from .packed.micro_batches import forward_batches
@@ -124,7 +124,8 @@ class E5Model(nn.Module):
         if base is not None:
             if peft_config is not None:
                 raise InputError(f"{name_or_path} is an adapter already: leave out peft_config, or merge it first")
-            backbone = load_adapter(bare, str(name_or_path), is_trainable=is_trainable, **hub)
+            backbone = PeftModel.from_pretrained(bare, str(name_or_path), is_trainable=is_trainable, **hub)
+            require_adapter_loaded(backbone, name_or_path)
         elif peft_config is not None:
             if kwargs.get("quantization_config") is not None:
                 bare = prepare_model_for_kbit_training(bare, use_gradient_checkpointing=False)
@@ -298,11 +299,6 @@ class E5Model(nn.Module):
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.backbone.enable_input_require_grads()
         self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return bool(self.backbone.is_activation_checkpointing)
 
     def save_pretrained(self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the adapter (or the full weights), the tokenizer and `e5_config.json` into folder `path`.

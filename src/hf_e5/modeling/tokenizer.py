@@ -79,14 +79,6 @@ def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that ends every text (EOS, or an encoder's own end token)."""
-    suffix = _special_tokens_around(tokenizer)[1]
-    if not suffix:
-        raise InputError("this tokenizer ends texts in no special token: pass it through ensure_eos first")
-    return int(tokenizer.vocab[suffix[-1]])
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of `texts`, each at most `max_length` long and ending in EOS. No padding.
 

@@ -41,12 +41,7 @@ FORWARD_ONLY_FACTOR = 4
 # Share of the free memory that "auto" gives to kept graphs; the rest is for the backward pass and the optimizer.
 KEEP_SHARE = 0.6
 # Where the step is known to be exact; besides, FSDP version 2.
-SUPPORTED = {
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.DEEPSPEED,
-}
+SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
 
 
 class ContrastiveStep:

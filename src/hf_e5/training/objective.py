@@ -147,13 +147,15 @@ class _Gathered:
 def _gather(
     documents: Tensor, document_hashes: Tensor, query_hashes: Tensor, positives: Tensor, *, across: bool
 ) -> _Gathered:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return _local(documents, document_hashes, query_hashes, positives, weight=1.0)
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    counts = _all_gather(torch.tensor([[len(documents), len(positives)]], device=documents.device)).tolist()
+    world_size, rank = 1, 0
+    if dist.is_available() and dist.is_initialized():
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+    counts = [[len(documents), len(positives)]]
+    if world_size > 1:
+        counts = _all_gather(torch.tensor(counts, device=documents.device), world_size).tolist()
     weight = len(positives) * world_size / sum(num_rows for _, num_rows in counts)
     if not across:
-        return _local(documents, document_hashes, query_hashes, positives, weight=weight)
+        world_size, rank, counts = 1, 0, [counts[rank]]
     most_documents, most_rows = (max(column) for column in zip(*counts, strict=True))
     device = documents.device
     positives = positives + rank * most_documents
@@ -161,11 +163,11 @@ def _gather(
     integers = torch.cat(
         [_pad(document_hashes, most_documents), _pad(query_hashes, most_rows), _pad(positives, most_rows)]
     )
-    integers = _all_gather(integers[None])  # [W, documents + 2 x rows]
+    integers = _all_gather(integers[None], world_size)  # [W, documents + 2 x rows]
     all_document_hashes, all_query_hashes, all_positives = integers.split([most_documents, most_rows, most_rows], 1)
     num_documents, num_rows = torch.tensor(counts, device=device).T[:, :, None]
     return _Gathered(
-        documents=_all_gather(_pad(documents, most_documents)),
+        documents=_all_gather(_pad(documents, most_documents), world_size),
         document_hashes=all_document_hashes.flatten(),
         valid_documents=(torch.arange(most_documents, device=device) < num_documents).flatten(),
         query_hashes=all_query_hashes.flatten(),
@@ -178,29 +180,16 @@ def _gather(
     )
 
 
-def _local(
-    documents: Tensor, document_hashes: Tensor, query_hashes: Tensor, positives: Tensor, weight: float
-) -> _Gathered:
-    return _Gathered(
-        documents=documents,
-        document_hashes=document_hashes,
-        valid_documents=torch.ones_like(document_hashes, dtype=torch.bool),
-        query_hashes=query_hashes,
-        query_positives=positives,
-        valid_queries=torch.ones_like(query_hashes, dtype=torch.bool),
-        positives=positives,
-        num_local=len(documents),
-        world_size=1,
-        weight=weight,
-    )
-
-
-def _all_gather(tensor: Tensor) -> Tensor:
+def _all_gather(tensor: Tensor, world_size: int) -> Tensor:
     """Concatenate the equally shaped tensors of all processes along the first dimension."""
-    gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    if world_size == 1:
+        return tensor
+    gathered = tensor.new_empty(world_size * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
 def _pad(tensor: Tensor, length: int) -> Tensor:
+    if len(tensor) == length:
+        return tensor
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])

@@ -78,7 +78,7 @@ class E5Trainer(Trainer):
             if self.pop_callback(printer) is not None:
                 self.add_callback(LogTable())
         self._step: ContrastiveStep | None = None
-        self._means = _RunningMeans()
+        self._statistics: dict[str, list[Tensor]] = {}  # of the steps since the last log, on the device
         self._tokens = 0
         self._since = time.perf_counter()
 
@@ -123,16 +123,18 @@ class E5Trainer(Trainer):
             )
         scale = 1 / self.current_gradient_accumulation_steps
         output = self._step(inputs, loss_scale=scale)
-        self._means.add(output.statistics)
+        for name, value in output.statistics.items():
+            self._statistics.setdefault(name, []).append(value)
         self._tokens += inputs["input_ids"].numel()
         return output.loss.detach() * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log what tells whether the run is sound (docs/training.md), as means over all devices."""
-        if "loss" in logs and (means := self._means.pop()):
-            values = torch.stack(list(means.values())).to(self.args.device)
-            values = self.accelerator.reduce(values, reduction="mean")
-            logs.update(zip(means, values.tolist(), strict=True))
+        if "loss" in logs and self._statistics:
+            means = torch.stack([torch.stack(values).float().mean() for values in self._statistics.values()])
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
+            logs.update(zip(self._statistics, means.tolist(), strict=True))
+            self._statistics.clear()
             tokens = self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device))
             now = time.perf_counter()
             logs["tokens_per_second"] = tokens.item() / (now - self._since)
@@ -196,23 +198,6 @@ class E5Trainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-class _RunningMeans:
-    """Means of the step statistics since the last log; values stay on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-
-    def add(self, statistics: dict[str, Tensor]) -> None:
-        for name, value in statistics.items():
-            self._values.setdefault(name, []).append(value)
-
-    def pop(self) -> dict[str, Tensor]:
-        """Return the means and start anew."""
-        means = {name: torch.stack(values).float().mean() for name, values in self._values.items()}
-        self._values = {}
-        return means
 
 
 def _complete_fsdp_plugin(plugin: Any, backbone: Any) -> None:
