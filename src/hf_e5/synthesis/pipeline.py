@@ -108,9 +108,11 @@ def synthesize(
         seed: two runs with one configuration and seed plan the same.
         shard: `(i, n)`: this machine's part of the plan; the outputs of all n concatenate.
         max_examples: stop after this many of the plan's examples.
-        max_usd, max_tokens: stop when all runs in the folder together have spent this much.
+        max_usd: stop when all runs in the folder together have cost this many USD.
+        max_tokens: stop when all runs in the folder together have used this many tokens.
         concurrency: requests under way at once.
-        requests_per_minute, tokens_per_minute: upper limits on what is sent.
+        requests_per_minute: upper limit on the requests that are sent.
+        tokens_per_minute: upper limit on their tokens, prompt and answer.
         mode: `online`, or `batch` for the OpenAI Batch API.
         retry_failures: ask again for the examples in `failures.jsonl`.
         poll_seconds: how often `batch` polls its batches.

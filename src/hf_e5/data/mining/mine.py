@@ -78,7 +78,8 @@ def mine_hard_negatives(
         miner: any SentenceTransformer.
         selection: which of the ranked documents to take; by default the paper's, a random one of the first 100.
         corpus: further documents.
-        query_prompt, document_prompt: prefix of the texts. By default the miner's own `query` and `document` prompts.
+        query_prompt: prefix of the queries; the miner's own `query` prompt by default.
+        document_prompt: prefix of the documents; the miner's own `document` prompt by default.
         use_instructions: give each query its row's instruction as prefix (`Instruct: ...`), for instruction models.
         batch_size: of the encoder.
         work_dir: keeps embeddings and rankings, so that a broken call goes on where it was; processes on several
