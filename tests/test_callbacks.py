@@ -58,7 +58,7 @@ def scheduled(name, steps, warmup=5, rate=1e-3):
     return rates
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
 def test_a_run_is_cut_to_what_fits_and_has_the_schedule_of_a_run_of_that_length(
     tiny_checkpoint, rows, tmp_path, monkeypatch, schedule
 ):
@@ -68,6 +68,15 @@ def test_a_run_is_cut_to_what_fits_and_has_the_schedule_of_a_run_of_that_length(
     trainer.train()
     assert trainer.state.global_step == 32
     assert learning_rates(trainer) == pytest.approx(scheduled(schedule, 32), abs=1e-12)
+
+
+def test_steps_that_become_faster_in_the_warm_up_leave_time_for_more(tiny_checkpoint, rows, tmp_path, monkeypatch):
+    # After four steps 8 more of 3 s would fit the 24 s that are left; after the fifth, 23 more of 1 s.
+    clock(monkeypatch, itertools.chain([9.0, 3.0, 3.0, 1.0], itertools.repeat(1.0)))
+    trainer = make_trainer(tiny_checkpoint, rows, tmp_path, seconds=40)
+    trainer.train()
+    assert trainer.state.global_step == 28
+    assert learning_rates(trainer) == pytest.approx(scheduled("linear", 28), abs=1e-12)
 
 
 def test_max_steps_is_the_most_that_a_run_gets(tiny_checkpoint, rows, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ class FitToTime(TrainerCallback, ExportableState):
     """Shorten a run so that it ends in time: its number of steps, and with them its learning-rate schedule.
 
     `args.max_steps` is the most that a run gets. After `MEASURED` steps (the first one, which also loads kernels, not
-    counted) it is cut to what fits; the warm-up, which no schedule of transformers makes depend on the number of
-    steps, has not ended by then. If steps become slower later, the run is cut again: the learning rate drops
-    at once, and still ends where the schedule ends. One process only: the clocks of several would disagree.
+    counted) it is cut to what fits, and set anew after each step of the warm-up, on which the number of steps has no
+    effect. Later it is only ever cut: if steps become slower, the learning rate drops at once, and still ends where
+    the schedule ends. One process only: the clocks of several would disagree.
 
     Args:
         seconds: From the start of training to its last step.
@@ -105,20 +106,27 @@ class FitToTime(TrainerCallback, ExportableState):
         left = self.seconds - (now - self._started)
         fitting = math.floor(left / statistics.median(self._durations[-self.MEASURED :]))
         most = max(state.global_step + fitting, self.least)
-        if self.max_steps is None or most < self.max_steps:
-            self._cut(min(most, state.max_steps), state, lr_scheduler)
+        is_warming_up = state.global_step <= _keywords(lr_scheduler).get("num_warmup_steps", 0)
+        if self.max_steps is None or most < self.max_steps or is_warming_up:
+            self._cut(min(most, args.max_steps), state, lr_scheduler)
             control.should_training_stop = state.global_step >= state.max_steps
 
     def _cut(self, max_steps: int, state: Any, lr_scheduler: Any) -> None:
         self.max_steps = state.max_steps = max_steps
-        for schedule in lr_scheduler.lr_lambdas:
-            schedule.keywords["num_training_steps"] = max_steps
+        if "num_training_steps" in (keywords := _keywords(lr_scheduler)):  # not in a constant schedule
+            keywords["num_training_steps"] = max_steps
 
     def state(self) -> dict:
         return {
             "args": {"seconds": self.seconds, "least": self.least},
             "attributes": {"max_steps": self.max_steps},
         }
+
+
+def _keywords(lr_scheduler: Any) -> dict[str, Any]:
+    """The keyword arguments that transformers' schedule function is called with, to be changed in place."""
+    schedule = lr_scheduler.lr_lambdas[0]  # one for all parameter groups
+    return schedule.keywords if isinstance(schedule, partial) else {}
 
 
 class LogTable(ProgressCallback):
