@@ -27,7 +27,7 @@ def prepare_process() -> None:
     GNU OpenMP lets threads spin while they wait for one another. That is fastest on idle cores. Where another process
     wants the core, the spinning thread keeps the very thread off it that it waits for, at the end of each of the
     thousands of parallel loops of a step: a training step on two cores took ten to twenty times as long beside one
-    busy process. Threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`) take half longer on idle cores instead
+    busy process. Threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`) need 1.7 times as long on idle cores
     (docs/benchmarks/cpu.md).
     """
     shares_cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 or _cores_used_by_others() > BUSY_CORES
