@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from ..config import read_yaml
 from ..errors import InputError
 from ..languages import language_name, load_languages
 from ..shipped_recipes import config_path
@@ -160,14 +160,7 @@ def load_config(source: str | Path | dict[str, Any] | SynthesisConfig, **overrid
     else:
         source = config_path(str(source), "synthesis")
         where, folder = str(source), source.parent
-        try:
-            data = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"{source.absolute()}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{where}: expected a mapping of settings")
+        data = read_yaml(source)
     data = {**data, **{key: value for key, value in overrides.items() if value is not None}}
     try:
         data["task_types"] = _merge_task_types(data.get("task_types") or {})
