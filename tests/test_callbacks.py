@@ -1,5 +1,7 @@
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,3 +132,12 @@ def test_the_log_is_a_table_with_a_blank_where_a_batch_has_no_hard_negatives(
     logs = [log for log in trainer.state.log_history if "loss" in log]
     for line, log in zip(lines, logs, strict=True):
         assert f"{log['loss']:.3f}" in line and "nan" not in line and math.isnan(log["hard_negative_similarity"])
+
+
+def test_a_line_of_the_log_is_seen_at_once_where_a_pipe_is_written_to():
+    code = (
+        "import os; from types import SimpleNamespace as N; from hf_e5.training.callbacks import LogTable\n"
+        "LogTable().on_log(None, N(is_world_process_zero=True, global_step=1), None, {'loss': 1.0}); os._exit(0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert len(result.stdout.splitlines()) == 2  # head and row, though nothing was flushed at the end

@@ -159,11 +159,16 @@ class LogTable(ProgressCallback):
             return
         if "loss" not in logs:  # an evaluation, or the summary at the end
             shown = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+            _write("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
             return
         if not self._has_head:
-            tqdm.write(" ".join([f"{'step':>6}", *(f"{head:>9}" for head, _ in self.COLUMNS.values())]))
+            _write(" ".join([f"{'step':>6}", *(f"{head:>9}" for head, _ in self.COLUMNS.values())]))
             self._has_head = True
         cells = [form.format(logs.get(name, math.nan)) for name, (_, form) in self.COLUMNS.items()]
         cells = ["" if cell == "nan" else cell for cell in cells]  # no hard negatives in these batches, say
-        tqdm.write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
+        _write(" ".join([f"{state.global_step:>6}", *(f"{cell:>9}" for cell in cells)]))
+
+
+def _write(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()  # where a file or a pipe is written to, the line would wait for thousands of others
