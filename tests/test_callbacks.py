@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -139,5 +140,6 @@ def test_a_line_of_the_log_is_seen_at_once_where_a_pipe_is_written_to():
         "import os; from types import SimpleNamespace as N; from hf_e5.training.callbacks import LogTable\n"
         "LogTable().on_log(None, N(is_world_process_zero=True, global_step=1), None, {'loss': 1.0}); os._exit(0)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert len(result.stdout.splitlines()) == 2  # head and row, though nothing was flushed at the end
